@@ -1,0 +1,72 @@
+//! What the network believes at a point: the third of the four nouns.
+//!
+//! A [`Denoiser`] takes a noisy batch and where it stands, and says what it thinks
+//! ([`Prediction`]). Guidance and thresholding ([`crate::guide`]) and EDM's preconditioning
+//! ([`edm`]) are denoisers that wrap a denoiser; a conditional model is one that holds its
+//! condition.
+
+pub mod edm;
+pub mod frame;
+pub mod network;
+
+pub use edm::EdmNetwork;
+pub use frame::VpInVe;
+pub use network::{Network, TimeCode};
+
+use crate::error::Result;
+use crate::noise::Noise;
+use crate::predict::Prediction;
+use crate::tensor::At;
+use candle_core::Tensor;
+use std::ops::Range;
+
+/// What a denoiser may need to know about a call.
+pub struct Call<'a> {
+    /// Noise for stochastic networks.
+    pub noise: &'a mut dyn Noise,
+    /// Which items of the run the batch holds.
+    pub items: Range<u64>,
+    /// Whether gradients flow through the call (training); sampling cuts them off.
+    pub tracked: bool,
+}
+
+/// A belief about noisy data.
+pub trait Denoiser {
+    /// What the noisy batch `x`, `[B, …]`, standing `at` these points, came from.
+    ///
+    /// # Errors
+    /// Whatever the network and its wrappers refuse.
+    fn predict(&self, x: &Tensor, at: At<'_>, call: &mut Call<'_>) -> Result<Prediction>;
+}
+
+impl<D: Denoiser + ?Sized> Denoiser for &D {
+    fn predict(&self, x: &Tensor, at: At<'_>, call: &mut Call<'_>) -> Result<Prediction> {
+        (**self).predict(x, at, call)
+    }
+}
+
+impl<D: Denoiser + ?Sized> Denoiser for Box<D> {
+    fn predict(&self, x: &Tensor, at: At<'_>, call: &mut Call<'_>) -> Result<Prediction> {
+        (**self).predict(x, at, call)
+    }
+}
+
+/// A denoiser made of a function.
+pub struct FromFn<F>(F);
+
+/// The denoiser that calls `f(x, at, call)`.
+pub fn from_fn<F>(f: F) -> FromFn<F>
+where
+    F: Fn(&Tensor, At<'_>, &mut Call<'_>) -> Result<Prediction>,
+{
+    FromFn(f)
+}
+
+impl<F> Denoiser for FromFn<F>
+where
+    F: Fn(&Tensor, At<'_>, &mut Call<'_>) -> Result<Prediction>,
+{
+    fn predict(&self, x: &Tensor, at: At<'_>, call: &mut Call<'_>) -> Result<Prediction> {
+        (self.0)(x, at, call)
+    }
+}

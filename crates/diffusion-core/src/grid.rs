@@ -1,0 +1,314 @@
+//! Where to stop on the way back: the second of the four nouns.
+//!
+//! A grid is a list of points from the noisiest to the cleanest, computed in f64. The rules of
+//! other libraries for integer tables (leading, trailing, linspace) are kept to the index, because
+//! a network trained on a table answers best exactly there.
+
+use crate::error::{Report, Result};
+use crate::schedule::linear::linspace;
+use crate::schedule::{Point, Schedule};
+use serde::{Deserialize, Serialize};
+
+/// How the points of a run are chosen. The data itself (`σ = 0`) is appended by [`Grid::points`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Grid {
+    /// Indices `k ⌊T/n⌋ + offset`: starts below the noisiest step (Lin et al. 2023, table 2).
+    Leading {
+        /// Added to every index.
+        #[serde(default)]
+        offset: usize,
+    },
+    /// Indices `round(T − k T/n) − 1`: starts at the noisiest step.
+    Trailing,
+    /// Indices evenly spaced from `T − 1` to 0, rounded half to even; times evenly spaced over
+    /// the span of a continuous schedule.
+    Linspace,
+    /// `σ̂_i = (σ_max^{1/ρ} + i/(n−1) (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ` (Karras et al. 2022, eq. 5).
+    Karras {
+        /// Smallest noise level; the schedule's when absent.
+        sigma_min: Option<f64>,
+        /// Largest noise level; the schedule's when absent.
+        sigma_max: Option<f64>,
+        /// How strongly steps crowd at low noise, 7 in the paper.
+        rho: f64,
+    },
+    /// `ln σ̂` evenly spaced.
+    Exponential {
+        /// Smallest noise level; the schedule's when absent.
+        sigma_min: Option<f64>,
+        /// Largest noise level; the schedule's when absent.
+        sigma_max: Option<f64>,
+    },
+    /// Log-SNR evenly spaced over the span of the schedule (Lu et al. 2022, DPM-Solver).
+    UniformLogSnr,
+    /// These times, noisiest first.
+    Times {
+        /// Times in the units of the schedule.
+        times: Vec<f64>,
+    },
+}
+
+impl Grid {
+    /// Karras' grid with the paper's `ρ = 7` over the schedule's span.
+    pub fn karras() -> Self {
+        Grid::Karras {
+            sigma_min: None,
+            sigma_max: None,
+            rho: 7.0,
+        }
+    }
+
+    /// The `n` points at which the network is asked, followed by the data.
+    ///
+    /// # Errors
+    /// `Config` when `n` is 0, larger than a table, or the times are not falling; or when an index
+    /// rule is used on a continuous schedule.
+    pub fn points(&self, schedule: &dyn Schedule, n: usize) -> Result<Vec<Point>> {
+        let n = if let Grid::Times { times } = self {
+            times.len()
+        } else {
+            n
+        };
+        if n == 0 {
+            return Err(Report::new("steps", 0).expected("at least 1").config());
+        }
+        let (low, high) = schedule.span();
+        let hats = || (schedule.at(low).sigma_hat(), schedule.at(high).sigma_hat());
+        let by_hat = |values: Vec<f64>| -> Vec<Point> {
+            values
+                .into_iter()
+                .map(|s| schedule.at_log_snr(-2.0 * s.ln()))
+                .collect()
+        };
+        let mut points: Vec<Point> = match self {
+            Grid::Leading { .. } | Grid::Trailing | Grid::Linspace
+                if schedule.steps().is_some() =>
+            {
+                let total = schedule.steps().unwrap_or(0);
+                self.indices(total, n)?
+                    .into_iter()
+                    .map(|i| schedule.at(i as f64))
+                    .collect()
+            }
+            Grid::Leading { .. } | Grid::Trailing => {
+                return Err(
+                    Report::new("grid", format!("{self:?} on a continuous process"))
+                        .expected("a table of steps")
+                        .remedy("use linspace, karras, exponential or uniform_log_snr")
+                        .config(),
+                );
+            }
+            Grid::Linspace => linspace(high, low, n)
+                .into_iter()
+                .map(|t| schedule.at(t))
+                .collect(),
+            Grid::Karras {
+                sigma_min,
+                sigma_max,
+                rho,
+            } => {
+                let (a, b) = hats();
+                by_hat(karras(
+                    sigma_min.unwrap_or(a),
+                    sigma_max.unwrap_or(b),
+                    n,
+                    *rho,
+                ))
+            }
+            Grid::Exponential {
+                sigma_min,
+                sigma_max,
+            } => {
+                let (a, b) = hats();
+                by_hat(exponential(
+                    sigma_min.unwrap_or(a),
+                    sigma_max.unwrap_or(b),
+                    n,
+                ))
+            }
+            Grid::UniformLogSnr => {
+                let (a, b) = (schedule.at(high).log_snr(), schedule.at(low).log_snr());
+                linspace(a, b, n)
+                    .into_iter()
+                    .map(|l| schedule.at_log_snr(l))
+                    .collect()
+            }
+            Grid::Times { times } => {
+                if let Some(pair) = times
+                    .windows(2)
+                    .find(|w| w[0].is_nan() || w[1].is_nan() || w[0] <= w[1])
+                {
+                    return Err(Report::new(
+                        "times",
+                        format!("{} followed by {}", pair[0], pair[1]),
+                    )
+                    .expected("falling times, noisiest first")
+                    .config());
+                }
+                times.iter().map(|t| schedule.at(*t)).collect()
+            }
+        };
+        if let Some(bad) = points
+            .iter()
+            .find(|p| !p.alpha.is_finite() || !p.sigma.is_finite())
+        {
+            return Err(Report::new("grid", format!("{bad:?}"))
+                .expected("finite levels")
+                .remedy("this schedule ends without signal: use leading, trailing or linspace")
+                .config());
+        }
+        points.push(Point::data(0.0));
+        Ok(points)
+    }
+
+    /// The indices of an integer rule on a table of `total` steps, noisiest first.
+    ///
+    /// # Errors
+    /// `Config` when `n` is 0 or larger than the table, an offset leaves the table, or the rule is
+    /// not one on indices.
+    pub fn indices(&self, total: usize, n: usize) -> Result<Vec<i64>> {
+        if n == 0 || n > total {
+            return Err(Report::new("steps", n)
+                .expected(format!("1 to {total}, the length of the table"))
+                .config());
+        }
+        let indices: Vec<i64> = match self {
+            Grid::Leading { offset } => (0..n)
+                .rev()
+                .map(|k| (k * (total / n) + offset) as i64)
+                .collect(),
+            Grid::Trailing => trailing(total as f64, total as f64 / n as f64),
+            Grid::Linspace => linspace(0.0, (total - 1) as f64, n)
+                .into_iter()
+                .rev()
+                .map(|t| t.round_ties_even() as i64)
+                .collect(),
+            other => {
+                return Err(Report::new("grid", format!("{other:?}"))
+                    .expected("a rule on indices")
+                    .config());
+            }
+        };
+        match indices.first() {
+            Some(&first) if first >= total as i64 => {
+                Err(Report::new("grid offset", format!("index {first}"))
+                    .expected(format!("below {total}"))
+                    .config())
+            }
+            _ => Ok(indices),
+        }
+    }
+}
+
+/// Indices from `start` downwards in steps of `ratio`, rounded half to even, less one; the number
+/// of them is that of a half-open range in floating point.
+pub fn trailing(start: f64, ratio: f64) -> Vec<i64> {
+    let count = (start / ratio).ceil() as usize;
+    (0..count)
+        .map(|k| (start - k as f64 * ratio).round_ties_even() as i64 - 1)
+        .filter(|i| *i >= 0)
+        .collect()
+}
+
+/// The noise levels of Karras et al. 2022, largest first.
+pub fn karras(sigma_min: f64, sigma_max: f64, n: usize, rho: f64) -> Vec<f64> {
+    linspace(sigma_max.powf(1.0 / rho), sigma_min.powf(1.0 / rho), n)
+        .into_iter()
+        .map(|root| root.powf(rho))
+        .collect()
+}
+
+/// Noise levels whose logarithms are evenly spaced, largest first.
+pub fn exponential(sigma_min: f64, sigma_max: f64, n: usize) -> Vec<f64> {
+    linspace(sigma_max.ln(), sigma_min.ln(), n)
+        .into_iter()
+        .map(f64::exp)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::{BetaSchedule, Edm, Vp};
+
+    #[test]
+    fn integer_rules_of_table_two() {
+        // Lin et al. 2023, table 2, T = 1000 and 5 steps (the paper counts steps from 1).
+        let at = |g: Grid| g.indices(1000, 5).unwrap();
+        assert_eq!(at(Grid::Leading { offset: 0 }), [800, 600, 400, 200, 0]);
+        assert_eq!(at(Grid::Trailing), [999, 799, 599, 399, 199]);
+        assert_eq!(at(Grid::Linspace), [999, 749, 500, 250, 0]);
+        assert_eq!(Grid::Linspace.indices(1000, 1).unwrap(), [0]);
+    }
+
+    #[test]
+    fn every_length_is_exact_falling_and_inside() {
+        for total in [10usize, 50, 1000, 4000] {
+            for n in (1..=total).step_by(total / 10) {
+                for grid in [Grid::Leading { offset: 0 }, Grid::Trailing, Grid::Linspace] {
+                    let indices = grid.indices(total, n).unwrap();
+                    assert_eq!(indices.len(), n, "{grid:?} {total} {n}");
+                    assert!(indices.windows(2).all(|w| w[0] > w[1]));
+                    assert!(indices.iter().all(|i| (0..total as i64).contains(i)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn edm_grid_hits_both_ends() {
+        let points = Grid::karras().points(&Edm::default(), 18).unwrap();
+        assert_eq!(points.len(), 19);
+        assert!((points[0].sigma - 80.0).abs() < 1e-9 && (points[17].sigma - 0.002).abs() < 1e-12);
+        assert_eq!(points[18], Point::data(0.0));
+        // ρ = 7: the second level of 18 as the formula gives it by hand.
+        let root =
+            80f64.powf(1.0 / 7.0) + (0.002f64.powf(1.0 / 7.0) - 80f64.powf(1.0 / 7.0)) / 17.0;
+        assert!((points[1].sigma - root.powi(7)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn even_log_snr_is_even() {
+        let points = Grid::UniformLogSnr.points(&Vp::default(), 11).unwrap();
+        let steps: Vec<f64> = points[..11]
+            .windows(2)
+            .map(|w| w[1].log_snr() - w[0].log_snr())
+            .collect();
+        assert!(steps.iter().all(|h| (h - steps[0]).abs() < 1e-9));
+        assert!((points[10].t - 1e-3).abs() < 1e-10);
+    }
+
+    #[test]
+    fn refuses_what_cannot_be() {
+        let table = BetaSchedule::Cosine.table(100).unwrap();
+        let error = |g: Grid, n| g.points(&table, n).unwrap_err().to_string();
+        assert!(error(Grid::Trailing, 0).contains("at least 1"));
+        assert!(error(Grid::Trailing, 101).contains("1 to 100"));
+        assert!(
+            error(
+                Grid::Times {
+                    times: vec![3.0, 5.0]
+                },
+                0
+            )
+            .contains("falling")
+        );
+        assert!(error(Grid::Leading { offset: 50 }, 2).contains("below 100"));
+        assert!(
+            Grid::Trailing
+                .points(&Vp::default(), 5)
+                .unwrap_err()
+                .to_string()
+                .contains("continuous")
+        );
+        let zero = table.rescaled_to_zero_terminal_snr();
+        assert!(
+            Grid::karras()
+                .points(&zero, 5)
+                .unwrap_err()
+                .to_string()
+                .contains("without signal")
+        );
+    }
+}

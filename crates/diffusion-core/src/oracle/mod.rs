@@ -1,0 +1,13 @@
+//! Data whose every diffusion quantity is known exactly, and harnesses that test against them.
+//!
+//! [`Gaussian`] and [`Mixture`] have closed-form denoisers, scores, densities and (the Gaussian)
+//! probability flows. A sampler that is right gets them right; a declared order of convergence is
+//! measured on them by [`order`]; gradients are checked by [`gradcheck`].
+
+mod gaussian;
+pub mod gradcheck;
+mod mixture;
+pub mod order;
+
+pub use gaussian::Gaussian;
+pub use mixture::Mixture;

@@ -1,0 +1,395 @@
+//! Images in memory, and batches of them as tensors.
+
+use super::MAX_DATASET_BYTES;
+use candle_core::{Device, Tensor};
+use diffusion_core::{Report, Result};
+
+/// Pixel values of all images, in the order image, channel, row, column.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Pixels {
+    /// Integers `0..=max`, given to models as `x = 2 v / max − 1`.
+    Levels {
+        /// The integers.
+        values: Vec<u8>,
+        /// The largest possible one: 255 for 8-bit pictures.
+        max: u8,
+    },
+    /// Values that are in `[-1, 1]` already.
+    Real(Vec<f32>),
+}
+
+impl Pixels {
+    fn len(&self) -> usize {
+        match self {
+            Pixels::Levels { values, .. } => values.len(),
+            Pixels::Real(values) => values.len(),
+        }
+    }
+}
+
+/// One class number an image, and what the numbers mean.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Labels {
+    /// The class of each image.
+    pub values: Vec<u32>,
+    /// The name of each class.
+    pub classes: Vec<String>,
+}
+
+/// Images of one size in memory, with or without labels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataset {
+    name: String,
+    channels: usize,
+    height: usize,
+    width: usize,
+    count: usize,
+    pixels: Pixels,
+    labels: Option<Labels>,
+}
+
+impl Dataset {
+    /// A data set of images of `shape` = (channels, height, width).
+    ///
+    /// # Errors
+    /// No image; a length that is no multiple of an image; a value above `max`, outside `[-1, 1]`
+    /// or not finite; labels of another number or without a name.
+    pub fn new(
+        name: impl Into<String>,
+        shape: (usize, usize, usize),
+        pixels: Pixels,
+        labels: Option<Labels>,
+    ) -> Result<Self> {
+        let name = name.into();
+        let (channels, height, width) = shape;
+        let size = channels.checked_mul(height).and_then(|n| n.checked_mul(width)).unwrap_or(0);
+        let found = pixels.len();
+        if size == 0 || found == 0 || !found.is_multiple_of(size) {
+            return Err(Report::new(name, format!("{found} values"))
+                .expected(format!("a positive multiple of {channels}x{height}x{width}"))
+                .remedy("check the shape of the images")
+                .input());
+        }
+        let count = found / size;
+        check_values(&name, &pixels, size)?;
+        if let Some(labels) = &labels {
+            check_labels(&name, labels, count)?;
+        }
+        Ok(Self { name, channels, height, width, count, pixels, labels })
+    }
+
+    /// What errors and reports call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The number of images, at least 1.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Always false: a data set has at least one image.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// 1 for grey, 3 for red, green, blue.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Rows of an image.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Columns of an image.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// How many values a pixel can take (256 for 8 bit, 17 for the digits), which likelihoods in
+    /// bits refer to; `None` for real values.
+    pub fn levels(&self) -> Option<u32> {
+        match self.pixels {
+            Pixels::Levels { max, .. } => Some(u32::from(max) + 1),
+            Pixels::Real(_) => None,
+        }
+    }
+
+    /// The class of each image.
+    pub fn labels(&self) -> Option<&[u32]> {
+        self.labels.as_ref().map(|labels| labels.values.as_slice())
+    }
+
+    /// The names of the classes; empty without labels.
+    pub fn classes(&self) -> &[String] {
+        self.labels.as_ref().map_or(&[], |labels| &labels.classes)
+    }
+
+    /// Some of the images as a tensor.
+    ///
+    /// ```text
+    /// x = 2 v / v_max − 1
+    /// ```
+    ///
+    /// # Shapes
+    /// Images `[B, C, H, W]` in f32 in `[-1, 1]`; labels `[B]` in u32.
+    ///
+    /// # Errors
+    /// No item, or one that is not below [`Dataset::len`]; those of tensor creation.
+    pub fn batch(&self, items: &[usize], device: &Device) -> Result<(Tensor, Option<Tensor>)> {
+        self.check_items(items)?;
+        let size = self.image_size();
+        let mut values = Vec::with_capacity(items.len() * size);
+        match &self.pixels {
+            Pixels::Levels { values: levels, max } => {
+                let table = level_table(*max);
+                for &item in items {
+                    let image = &levels[item * size..][..size];
+                    values.extend(image.iter().map(|&v| table[usize::from(v)]));
+                }
+            }
+            Pixels::Real(reals) => {
+                for &item in items {
+                    values.extend_from_slice(&reals[item * size..][..size]);
+                }
+            }
+        }
+        let shape = (items.len(), self.channels, self.height, self.width);
+        let images = Tensor::from_vec(values, shape, device)?;
+        let labels = match &self.labels {
+            Some(labels) => {
+                let picked: Vec<u32> = items.iter().map(|&item| labels.values[item]).collect();
+                Some(Tensor::from_vec(picked, items.len(), device)?)
+            }
+            None => None,
+        };
+        Ok((images, labels))
+    }
+
+    /// [`Dataset::batch`] of everything, in order.
+    ///
+    /// # Errors
+    /// Those of tensor creation.
+    pub fn all(&self, device: &Device) -> Result<(Tensor, Option<Tensor>)> {
+        self.batch(&(0..self.count).collect::<Vec<_>>(), device)
+    }
+
+    /// A data set of some of the images, in the given order.
+    ///
+    /// # Errors
+    /// Those of [`Dataset::batch`].
+    pub fn select(&self, items: &[usize]) -> Result<Dataset> {
+        self.check_items(items)?;
+        let size = self.image_size();
+        let pixels = match &self.pixels {
+            Pixels::Levels { values, max } => {
+                Pixels::Levels { values: gather(values, items, size), max: *max }
+            }
+            Pixels::Real(values) => Pixels::Real(gather(values, items, size)),
+        };
+        let labels = self.labels.as_ref().map(|labels| Labels {
+            values: gather(&labels.values, items, 1),
+            classes: labels.classes.clone(),
+        });
+        Ok(Dataset { name: self.name.clone(), count: items.len(), pixels, labels, ..*self })
+    }
+
+    /// The fixed split into training and test images: image `i` is for testing if `i mod 5 = 4`.
+    ///
+    /// # Errors
+    /// Fewer than 5 images.
+    pub fn split(&self) -> Result<(Dataset, Dataset)> {
+        if self.count < 5 {
+            return Err(Report::new(&self.name, format!("{} images", self.count))
+                .expected("at least 5, of which every fifth is held out for testing")
+                .remedy("add images")
+                .input());
+        }
+        let (test, train): (Vec<usize>, Vec<usize>) = (0..self.count).partition(|i| i % 5 == 4);
+        Ok((self.select(&train)?, self.select(&test)?))
+    }
+
+    /// Images of `self` followed by those of `other`.
+    pub(super) fn concat(mut self, other: Dataset) -> Result<Dataset> {
+        self.must_match(&other)?;
+        match (&mut self.pixels, other.pixels) {
+            (Pixels::Levels { values: a, .. }, Pixels::Levels { values: b, .. }) => a.extend(b),
+            (Pixels::Real(a), Pixels::Real(b)) => a.extend(b),
+            _ => return Err(Report::new(&self.name, "two kinds of pixels").input()),
+        }
+        if let (Some(a), Some(b)) = (&mut self.labels, other.labels) {
+            a.values.extend(b.values);
+        }
+        self.count += other.count;
+        Ok(self)
+    }
+
+    /// Refuses another data set whose images have another shape or other classes.
+    pub(super) fn must_match(&self, other: &Dataset) -> Result<()> {
+        let describe = |d: &Dataset| {
+            let classes = d.classes().join(", ");
+            let levels = d.levels().unwrap_or(0);
+            format!("{}x{}x{}, {levels} levels, classes [{classes}]", d.channels, d.height, d.width)
+        };
+        let (found, expected) = (describe(other), describe(self));
+        if found == expected {
+            return Ok(());
+        }
+        Err(Report::new(&other.name, found)
+            .expected(format!("{expected} as in {}", self.name))
+            .remedy("give training and test images of one kind")
+            .input())
+    }
+
+    fn image_size(&self) -> usize {
+        self.channels * self.height * self.width
+    }
+
+    fn check_items(&self, items: &[usize]) -> Result<()> {
+        let bad = match items.iter().find(|&&item| item >= self.count) {
+            Some(item) => format!("item {item}"),
+            None if items.is_empty() => "an empty list of items".to_string(),
+            None => return Ok(()),
+        };
+        Err(Report::new(&self.name, bad)
+            .expected(format!("items 0 to {}", self.count - 1))
+            .config())
+    }
+}
+
+/// Refuses a data set that would not fit the limit.
+pub(super) fn check_total(name: &str, bytes: u64) -> Result<()> {
+    if bytes <= MAX_DATASET_BYTES {
+        return Ok(());
+    }
+    Err(Report::new(name, format!("{bytes} bytes of pixels"))
+        .expected(format!("at most {MAX_DATASET_BYTES} bytes"))
+        .remedy("use fewer or smaller images")
+        .limit())
+}
+
+/// `v ↦ 2 v / max − 1` for all v, rounded once.
+fn level_table(max: u8) -> Vec<f32> {
+    (0..=max).map(|v| (2.0 * f64::from(v) / f64::from(max) - 1.0) as f32).collect()
+}
+
+fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(items.len() * size);
+    for &item in items {
+        out.extend_from_slice(&values[item * size..][..size]);
+    }
+    out
+}
+
+fn check_values(name: &str, pixels: &Pixels, size: usize) -> Result<()> {
+    let bad = match pixels {
+        Pixels::Levels { max: 0, .. } => {
+            return Err(Report::new(name, "a largest level of 0").expected("at least 1").input());
+        }
+        Pixels::Levels { values, max } => values
+            .iter()
+            .position(|v| v > max)
+            .map(|i| (i, values[i].to_string(), format!("0 to {max}"))),
+        Pixels::Real(values) => values
+            .iter()
+            .position(|v| !(-1.0..=1.0).contains(v))
+            .map(|i| (i, values[i].to_string(), "-1 to 1".to_string())),
+    };
+    match bad {
+        None => Ok(()),
+        Some((i, found, range)) => {
+            let at = format!("{name}: image {}, value {}", i / size, i % size);
+            Err(Report::new(at, found).expected(range).remedy("rescale the pixels").input())
+        }
+    }
+}
+
+fn check_labels(name: &str, labels: &Labels, count: usize) -> Result<()> {
+    if labels.values.len() != count {
+        return Err(Report::new(name, format!("{} labels", labels.values.len()))
+            .expected(format!("{count}, one an image"))
+            .remedy("give the labels that belong to these images")
+            .input());
+    }
+    let classes = labels.classes.len();
+    match labels.values.iter().position(|&label| label as usize >= classes) {
+        None => Ok(()),
+        Some(i) => Err(Report::new(format!("{name}: label {i}"), labels.values[i])
+            .expected(format!("a class number below {classes}"))
+            .remedy("name every class")
+            .input()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(count: usize) -> Dataset {
+        let values = (0..count * 6).map(|v| (v * 51 % 256) as u8).collect();
+        let labels = Labels {
+            values: (0..count as u32).map(|v| v % 2).collect(),
+            classes: vec!["even".into(), "odd".into()],
+        };
+        let pixels = Pixels::Levels { values, max: 255 };
+        Dataset::new("toy", (1, 2, 3), pixels, Some(labels)).unwrap()
+    }
+
+    #[test]
+    fn eight_bits_become_minus_one_to_one() {
+        let (x, y) = bytes(3).batch(&[2, 0], &Device::Cpu).unwrap();
+        assert_eq!(x.dims(), [2, 1, 2, 3]);
+        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let expected = |v: usize| (f64::from((v * 51 % 256) as u8) / 127.5 - 1.0) as f32;
+        for (i, value) in x.iter().enumerate() {
+            let v = if i < 6 { 12 + i } else { i - 6 };
+            assert!((value - expected(v)).abs() < 1e-7);
+        }
+        assert_eq!((x[6], x[11]), (-1.0, 1.0));
+        assert_eq!(y.unwrap().to_vec1::<u32>().unwrap(), [0, 0]);
+    }
+
+    #[test]
+    fn real_values_pass_unchanged_and_are_checked() {
+        let make = |values| Dataset::new("real", (1, 1, 2), Pixels::Real(values), None);
+        let (x, y) = make(vec![-1.0, 0.25, 0.5, 1.0]).unwrap().all(&Device::Cpu).unwrap();
+        assert_eq!(x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [-1.0, 0.25, 0.5, 1.0]);
+        assert!(y.is_none());
+        for (bad, clue) in [(1.5, "1.5"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+            let message = make(vec![0.0, 0.0, 0.0, bad]).unwrap_err().to_string();
+            assert!(message.contains("image 1, value 1") && message.contains(clue), "{message}");
+        }
+    }
+
+    #[test]
+    fn wrong_counts_are_refused() {
+        let levels = |n: usize| Pixels::Levels { values: vec![0; n], max: 255 };
+        for (shape, n) in [((1, 2, 3), 7), ((1, 2, 3), 0), ((0, 2, 3), 6), ((1 << 40, 1 << 40, 2), 4)]
+        {
+            assert!(Dataset::new("toy", shape, levels(n), None).is_err(), "{shape:?} {n}");
+        }
+        let labels = |values: Vec<u32>| Some(Labels { values, classes: vec!["a".into()] });
+        let with = |values| Dataset::new("toy", (1, 1, 1), levels(2), labels(values));
+        assert!(with(vec![0, 0]).is_ok());
+        assert!(with(vec![0]).unwrap_err().to_string().contains("1 labels; expected 2"));
+        assert!(with(vec![0, 1]).unwrap_err().to_string().contains("label 1"));
+        let data = bytes(3);
+        assert!(data.batch(&[3], &Device::Cpu).unwrap_err().to_string().contains("item 3"));
+        assert!(data.batch(&[], &Device::Cpu).is_err());
+    }
+
+    #[test]
+    fn split_select_and_concat_keep_every_image_once() {
+        let data = bytes(11);
+        let (train, test) = data.split().unwrap();
+        assert_eq!((train.len(), test.len()), (9, 2));
+        assert_eq!(test, data.select(&[4, 9]).unwrap());
+        let both = train.concat(test).unwrap();
+        assert_eq!(both, data.select(&[0, 1, 2, 3, 5, 6, 7, 8, 10, 4, 9]).unwrap());
+        assert!(bytes(4).split().unwrap_err().to_string().contains("at least 5"));
+        assert!(check_total("x", MAX_DATASET_BYTES).is_ok());
+        assert!(check_total("x", MAX_DATASET_BYTES + 1).is_err());
+    }
+}
