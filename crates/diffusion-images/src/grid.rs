@@ -19,7 +19,12 @@ pub struct GridOptions {
 
 impl Default for GridOptions {
     fn default() -> Self {
-        Self { columns: None, padding: 2, min_tile: 32, background: 255 }
+        Self {
+            columns: None,
+            padding: 2,
+            min_tile: 32,
+            background: 255,
+        }
     }
 }
 
@@ -48,14 +53,20 @@ pub fn sample_grid(images: &Tensor, options: &GridOptions) -> Result<Picture> {
     let bytes = to_bytes(images)?;
     let scale = options.min_tile.div_ceil(height.max(width).max(1)).max(1);
     let rows = count.div_ceil(columns);
-    let (step_y, step_x) = (scale * height + options.padding, scale * width + options.padding);
+    let (step_y, step_x) = (
+        scale * height + options.padding,
+        scale * width + options.padding,
+    );
     let mut grid = Picture::filled(
         columns * step_x + options.padding,
         rows * step_y + options.padding,
         channels,
         options.background,
     )?;
-    for (i, image) in bytes.chunks_exact((channels * height * width).max(1)).enumerate() {
+    for (i, image) in bytes
+        .chunks_exact((channels * height * width).max(1))
+        .enumerate()
+    {
         let top = options.padding + i / columns * step_y;
         let left = options.padding + i % columns * step_x;
         grid.paste(image, (height, width), (top, left), scale);
@@ -82,7 +93,12 @@ mod tests {
     fn tiles_stand_in_reading_order() {
         let values: Vec<f32> = (0..12).map(|v| v as f32 / 127.5 - 1.0).collect();
         let images = Tensor::from_vec(values, (2, 3, 1, 2), &Device::Cpu).unwrap();
-        let options = GridOptions { columns: Some(1), padding: 0, min_tile: 4, background: 9 };
+        let options = GridOptions {
+            columns: Some(1),
+            padding: 0,
+            min_tile: 4,
+            background: 9,
+        };
         let grid = sample_grid(&images, &options).unwrap();
         assert_eq!((grid.width(), grid.height(), grid.channels()), (4, 4, 3));
         let row = |y: usize| &grid.pixels()[y * 12..][..12];
@@ -94,7 +110,11 @@ mod tests {
     #[test]
     fn absurd_grids_are_refused() {
         let images = Tensor::zeros((3, 1, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let with = |columns, padding| GridOptions { columns, padding, ..GridOptions::default() };
+        let with = |columns, padding| GridOptions {
+            columns,
+            padding,
+            ..GridOptions::default()
+        };
         assert!(sample_grid(&images, &with(Some(0), 2)).is_err());
         assert!(sample_grid(&images, &with(None, 100_000)).is_err());
         assert!(sample_grid(&images.narrow(0, 0, 0).unwrap(), &with(None, 2)).is_err());

@@ -25,18 +25,29 @@ impl Picture {
     /// # Errors
     /// Channels other than 1 and 3, a side of 0, sizes over the limits of [`crate::data`].
     pub fn filled(width: usize, height: usize, channels: usize, value: u8) -> Result<Self> {
-        let bytes = (width as u64).saturating_mul(height as u64).saturating_mul(channels as u64);
+        let bytes = (width as u64)
+            .saturating_mul(height as u64)
+            .saturating_mul(channels as u64);
         let report = Report::new("picture", format!("{channels}x{height}x{width}"));
         if !matches!(channels, 1 | 3) || bytes == 0 {
-            return Err(report.expected("1 or 3 channels and at least one pixel").config());
+            return Err(report
+                .expected("1 or 3 channels and at least one pixel")
+                .config());
         }
         if width.max(height) > MAX_SIDE as usize || bytes > MAX_IMAGE_BYTES {
             return Err(report
-                .expected(format!("at most {MAX_SIDE}x{MAX_SIDE} and {MAX_IMAGE_BYTES} bytes"))
+                .expected(format!(
+                    "at most {MAX_SIDE}x{MAX_SIDE} and {MAX_IMAGE_BYTES} bytes"
+                ))
                 .remedy("show fewer or smaller images")
                 .limit());
         }
-        Ok(Self { width, height, channels, pixels: vec![value; bytes as usize] })
+        Ok(Self {
+            width,
+            height,
+            channels,
+            pixels: vec![value; bytes as usize],
+        })
     }
 
     /// The picture of one image.
@@ -47,7 +58,11 @@ impl Picture {
     /// # Errors
     /// Another shape; a value that is not finite; those of tensor conversion.
     pub fn from_tensor(image: &Tensor) -> Result<Self> {
-        let image = if image.rank() == 4 { image.squeeze(0)? } else { image.clone() };
+        let image = if image.rank() == 4 {
+            image.squeeze(0)?
+        } else {
+            image.clone()
+        };
         let (channels, height, width) = image.dims3()?;
         let mut picture = Self::filled(width, height, channels, 0)?;
         picture.paste(&to_bytes(&image)?, (height, width), (0, 0), 1);
@@ -140,9 +155,12 @@ fn check_text(key: &str, text: &str) -> Result<()> {
     // The standard forbids spaces at either end and runs of them.
     let spaced = key.trim() != key || key.contains("  ");
     if !(1..=79).contains(&length) || !key.chars().all(latin) || spaced {
-        return Err(Report::new(format!("PNG text key {key:?}"), format!("{length} characters"))
-            .expected("1 to 79 characters of Latin-1, single spaces only between words")
-            .config());
+        return Err(Report::new(
+            format!("PNG text key {key:?}"),
+            format!("{length} characters"),
+        )
+        .expected("1 to 79 characters of Latin-1, single spaces only between words")
+        .config());
     }
     if text.contains('\0') {
         return Err(Report::new(format!("PNG text {key:?}"), "a zero character")
@@ -157,16 +175,25 @@ fn check_text(key: &str, text: &str) -> Result<()> {
 /// # Errors
 /// A value that is not finite; those of tensor conversion.
 pub fn to_bytes(images: &Tensor) -> Result<Vec<u8>> {
-    let values =
-        images.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let values = images
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
     let broken = values.iter().filter(|v| !v.is_finite()).count();
     if broken > 0 {
-        return Err(Report::new("image", format!("{broken} of {} values not finite", values.len()))
-            .expected("values around -1 to 1")
-            .remedy("the model or its sampler diverged: check the training loss")
-            .numeric());
+        return Err(Report::new(
+            "image",
+            format!("{broken} of {} values not finite", values.len()),
+        )
+        .expected("values around -1 to 1")
+        .remedy("the model or its sampler diverged: check the training loss")
+        .numeric());
     }
-    Ok(values.iter().map(|v| (127.5 * (v.clamp(-1.0, 1.0) + 1.0)).round() as u8).collect())
+    Ok(values
+        .iter()
+        .map(|v| (127.5 * (v.clamp(-1.0, 1.0) + 1.0)).round() as u8)
+        .collect())
 }
 
 /// The texts of a PNG file: key and text of each `tEXt` and `iTXt` chunk before the image data.
@@ -181,7 +208,9 @@ pub fn read_texts(path: &Path) -> Result<Vec<(String, String)>> {
             .input()
     };
     let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
-    let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(broken)?;
+    let reader = png::Decoder::new(BufReader::new(file))
+        .read_info()
+        .map_err(broken)?;
     let info = reader.info();
     let mut texts: Vec<(String, String)> = info
         .uncompressed_latin1_text
@@ -207,17 +236,21 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     if !folder.is_dir() {
-        return Err(Report::file(path, format!("the folder {} is missing", folder.display()))
-            .expected("an existing folder")
-            .remedy("create it or write somewhere else")
-            .config());
+        return Err(
+            Report::file(path, format!("the folder {} is missing", folder.display()))
+                .expected("an existing folder")
+                .remedy("create it or write somewhere else")
+                .config(),
+        );
     }
     let failed = |error: std::io::Error| {
         let remedy = match error.kind() {
             std::io::ErrorKind::StorageFull => "free some space on that disk",
             _ => "write to a folder that allows it",
         };
-        Report::file(path, format!("cannot be written ({error})")).remedy(remedy).config()
+        Report::file(path, format!("cannot be written ({error})"))
+            .remedy(remedy)
+            .config()
     };
     let mut builder = tempfile::Builder::new();
     builder.prefix(".tmp-");
@@ -237,15 +270,24 @@ mod tests {
 
     #[test]
     fn bytes_are_rounded_and_clamped() {
-        let x = Tensor::new(&[-2.0f32, -1.0, -0.9962, -0.5, 0.0, 0.5, 1.0, 7.0], &Device::Cpu);
-        assert_eq!(to_bytes(&x.unwrap()).unwrap(), [0, 0, 0, 64, 128, 191, 255, 255]);
+        let x = Tensor::new(
+            &[-2.0f32, -1.0, -0.9962, -0.5, 0.0, 0.5, 1.0, 7.0],
+            &Device::Cpu,
+        );
+        assert_eq!(
+            to_bytes(&x.unwrap()).unwrap(),
+            [0, 0, 0, 64, 128, 191, 255, 255]
+        );
     }
 
     #[test]
     fn every_byte_survives_the_round_trip() {
         let x: Vec<f64> = (0..=255).map(|k| f64::from(k) / 127.5 - 1.0).collect();
         for dtype in [DType::F32, DType::F64] {
-            let x = Tensor::new(x.as_slice(), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let x = Tensor::new(x.as_slice(), &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap();
             assert_eq!(to_bytes(&x).unwrap(), (0..=255).collect::<Vec<u8>>());
         }
     }
@@ -265,7 +307,11 @@ mod tests {
         let x = Tensor::from_vec(x, (3, 2, 3), &Device::Cpu).unwrap();
         let picture = Picture::from_tensor(&x).unwrap();
         let text = |k: &str, v: &str| (k.to_string(), v.to_string());
-        let texts = [text("seed", "42"), text("model", "caf\u{e9}"), text("prompt", "σ = 80")];
+        let texts = [
+            text("seed", "42"),
+            text("model", "caf\u{e9}"),
+            text("prompt", "σ = 80"),
+        ];
         picture.write_png(&path, &texts).unwrap();
         assert_eq!(read_texts(&path).unwrap(), texts);
         let read = image::open(&path).unwrap().into_rgb8();
@@ -281,14 +327,23 @@ mod tests {
     fn bad_texts_shapes_and_folders_are_refused() {
         let grey = Picture::filled(2, 2, 1, 0).unwrap();
         for key in ["", " a", "a  b", "σ", "line\nbreak", &"k".repeat(80)] {
-            assert!(grey.to_png(&[(key.to_string(), String::new())]).is_err(), "{key:?}");
+            assert!(
+                grey.to_png(&[(key.to_string(), String::new())]).is_err(),
+                "{key:?}"
+            );
         }
         assert!(grey.to_png(&[("k".into(), "a\0b".into())]).is_err());
         assert!(Picture::filled(2, 2, 2, 0).is_err());
         assert!(Picture::filled(0, 2, 1, 0).is_err());
         assert!(Picture::filled(MAX_SIDE as usize + 1, 1, 1, 0).is_err());
-        let message = grey.write_png(Path::new("no/such/a.png"), &[]).unwrap_err().to_string();
-        assert!(message.contains("no/such") && message.contains("create it"), "{message}");
+        let message = grey
+            .write_png(Path::new("no/such/a.png"), &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("no/such") && message.contains("create it"),
+            "{message}"
+        );
         let folder = tempfile::tempdir().unwrap();
         let message = grey.write_png(folder.path(), &[]).unwrap_err().to_string();
         assert!(message.contains("cannot be written"), "{message}");
@@ -303,9 +358,18 @@ mod tests {
         if !full.exists() {
             return;
         }
-        let error = std::fs::OpenOptions::new().write(true).open(full).unwrap().write_all(b"x");
+        let error = std::fs::OpenOptions::new()
+            .write(true)
+            .open(full)
+            .unwrap()
+            .write_all(b"x");
         assert_eq!(error.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
-        let message = write_file(Path::new("/proc/a.png"), b"x").unwrap_err().to_string();
-        assert!(message.contains("/proc/a.png: cannot be written"), "{message}");
+        let message = write_file(Path::new("/proc/a.png"), b"x")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("/proc/a.png: cannot be written"),
+            "{message}"
+        );
     }
 }

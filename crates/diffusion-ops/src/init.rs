@@ -27,7 +27,9 @@ impl Init {
     /// PyTorch's default for linear and convolution weights and biases: uniform with bound
     /// `1/√fan_in`.
     pub fn fan_in(fan_in: usize) -> Self {
-        Init::Uniform { bound: 1.0 / (fan_in.max(1) as f64).sqrt() }
+        Init::Uniform {
+            bound: 1.0 / (fan_in.max(1) as f64).sqrt(),
+        }
     }
 
     /// The values for the parameter `name`.
@@ -51,11 +53,15 @@ impl Init {
                 .into_iter()
                 .map(|u| (2.0 * u - 1.0) * bound)
                 .collect(),
-            Init::Normal { std } => {
-                key.normal(shape.elem_count()).into_iter().map(|z| z * std).collect()
-            }
+            Init::Normal { std } => key
+                .normal(shape.elem_count())
+                .into_iter()
+                .map(|z| z * std)
+                .collect(),
         };
-        Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+        Tensor::from_vec(values, shape, &Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(device)
     }
 }
 
@@ -73,7 +79,9 @@ mod tests {
     #[test]
     fn depends_on_name_and_seed_only() -> Result<()> {
         let make = |seed, name| {
-            Init::fan_in(9).tensor(seed, name, (4, 9), DType::F32, &Device::Cpu)?.to_vec2::<f32>()
+            Init::fan_in(9)
+                .tensor(seed, name, (4, 9), DType::F32, &Device::Cpu)?
+                .to_vec2::<f32>()
         };
         assert_eq!(make(1, "conv.weight")?, make(1, "conv.weight")?);
         assert_ne!(make(1, "conv.weight")?, make(1, "conv.bias")?);

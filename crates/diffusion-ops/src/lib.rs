@@ -5,6 +5,38 @@
 //! function; every one of them has a correct backward on every device, which is not true of the
 //! operations of the same name in the tensor library underneath (see `clippy.toml` for the list
 //! of those that are banned and why).
+//!
+//! On the CPU, in `f32` and `f64`, the operations run as multithreaded kernels whose results have
+//! the same bits for any number of threads; half-precision inputs are computed in `f32` and
+//! rounded once. On other devices they are compositions of the tensor library's own operations,
+//! and the tests hold the two against each other.
 
+mod activation;
+mod attention;
+mod bias;
+mod conv;
+mod cpu;
+mod dropout;
+mod embedding;
+mod group_norm;
+mod im2col;
+mod layer_norm;
+mod linear;
+mod resample;
+mod softmax;
+
+pub mod gradcheck;
 pub mod init;
 pub mod rng;
+
+pub use activation::{gelu, mish, relu, silu};
+pub use attention::attention;
+pub use bias::add_bias;
+pub use conv::{Padding, conv1d, conv2d};
+pub use dropout::dropout;
+pub use embedding::timestep_embedding;
+pub use group_norm::group_norm;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use resample::{avg_pool2d, fir_resample2d, upsample_nearest2d};
+pub use softmax::softmax;

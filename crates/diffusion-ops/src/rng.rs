@@ -54,7 +54,12 @@ pub mod stream {
 impl Key {
     /// The key of the first draw of the first item.
     pub fn new(seed: u64, stream: u64) -> Self {
-        Self { seed, stream, item: 0, step: 0 }
+        Self {
+            seed,
+            stream,
+            item: 0,
+            step: 0,
+        }
     }
 
     /// The same place for another item.
@@ -70,7 +75,8 @@ impl Key {
     fn rng(self) -> ChaCha8Rng {
         let mut key = [0u8; 32];
         for (slot, word) in
-            key.chunks_exact_mut(8).zip([self.seed, self.stream, self.item, self.step])
+            key.chunks_exact_mut(8)
+                .zip([self.seed, self.stream, self.item, self.step])
         {
             slot.copy_from_slice(&word.to_le_bytes());
         }
@@ -153,7 +159,12 @@ mod tests {
     #[test]
     fn golden_values_never_change() {
         // A change here changes every model and every sample: it needs a new major version.
-        let key = Key { seed: 1, stream: 2, item: 3, step: 4 };
+        let key = Key {
+            seed: 1,
+            stream: 2,
+            item: 3,
+            step: 4,
+        };
         let words = key.words(2);
         let normal = key.normal(3);
         let golden = include_str!("rng_golden.txt");
@@ -184,7 +195,10 @@ mod tests {
         // Standard errors of the first four moments of a normal law: √(1, 2, 15, 96)/√n.
         for (k, expected, var) in [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)] {
             let error: f64 = moment(k) - expected;
-            assert!(error.abs() < 4.0 * f64::sqrt(var / n), "moment {k} off by {error}");
+            assert!(
+                error.abs() < 4.0 * f64::sqrt(var / n),
+                "moment {k} off by {error}"
+            );
         }
         let beyond_two = z.iter().filter(|v| v.abs() > 2.0).count() as f64 / n;
         assert!((beyond_two - 0.0455).abs() < 0.002);
@@ -201,7 +215,10 @@ mod tests {
             counts[p[0] * 2 + usize::from(p[1] > p[2])] += 1;
         }
         for c in counts {
-            assert!((c as f64 - 1000.0).abs() < 4.0 * f64::sqrt(1000.0 * 5.0 / 6.0), "{counts:?}");
+            assert!(
+                (c as f64 - 1000.0).abs() < 4.0 * f64::sqrt(1000.0 * 5.0 / 6.0),
+                "{counts:?}"
+            );
         }
     }
 

@@ -119,6 +119,25 @@ impl Table {
         Ok(Self { betas, alpha_bar })
     }
 
+    /// A table whose `ᾱ` are given beside the betas, where rounding makes them differ from the
+    /// running product.
+    ///
+    /// # Errors
+    /// As [`Table::new`]; also when the lengths differ or an `ᾱ` lies outside `[0, 1]`.
+    pub fn from_parts(betas: Vec<f64>, alpha_bar: Vec<f64>) -> Result<Self> {
+        let table = Self::new(betas)?;
+        if alpha_bar.len() != table.betas.len()
+            || alpha_bar.iter().any(|a| !(0.0..=1.0).contains(a))
+        {
+            return Err(
+                Report::new("alpha_bar", format!("{} values", alpha_bar.len()))
+                    .expected(format!("{} values in [0, 1]", table.betas.len()))
+                    .config(),
+            );
+        }
+        Ok(Self { alpha_bar, ..table })
+    }
+
     /// The betas.
     pub fn betas(&self) -> &[f64] {
         &self.betas

@@ -24,7 +24,11 @@ pub(super) struct Flaw {
 }
 
 fn flaw<T>(found: impl Into<String>, expected: impl Into<String>) -> Result<T, Flaw> {
-    Err(Flaw { found: found.into(), expected: expected.into(), limit: false })
+    Err(Flaw {
+        found: found.into(),
+        expected: expected.into(),
+        limit: false,
+    })
 }
 
 pub(super) const PNG: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
@@ -46,17 +50,38 @@ pub(super) fn check(bytes: &[u8]) -> Result<Kind, Flaw> {
 fn describe(bytes: &[u8]) -> String {
     let known = match bytes {
         [b'G', b'I', b'F', b'8', ..] => "a GIF image",
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "a WebP image",
+        [
+            b'R',
+            b'I',
+            b'F',
+            b'F',
+            _,
+            _,
+            _,
+            _,
+            b'W',
+            b'E',
+            b'B',
+            b'P',
+            ..,
+        ] => "a WebP image",
         [b'B', b'M', ..] => "a BMP image",
         [b'I', b'I', b'*', 0, ..] | [b'M', b'M', 0, b'*', ..] => "a TIFF image",
         [0x1f, 0x8b, ..] => "a gzip file",
         [b'P', b'K', 3, 4, ..] => "a zip file",
         _ if PNG.starts_with(bytes) || bytes == [0xff] => "the file ends early",
-        _ if bytes[..bytes.len().min(64)].iter().all(|b| matches!(b, 9 | 10 | 13 | 32..=126)) => {
+        _ if bytes[..bytes.len().min(64)]
+            .iter()
+            .all(|b| matches!(b, 9 | 10 | 13 | 32..=126)) =>
+        {
             "a text file"
         }
         _ => {
-            let head = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect::<Vec<_>>();
+            let head = bytes
+                .iter()
+                .take(4)
+                .map(|b| format!("{b:02x}"))
+                .collect::<Vec<_>>();
             return format!("a file that begins with the bytes {}", head.join(" "));
         }
     };
@@ -69,17 +94,25 @@ fn check_size(width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), Flaw>
     if width == 0 || height == 0 {
         return flaw(found, "at least 1x1");
     }
-    let bytes = u64::from(width) * u64::from(height) * bytes_per_pixel;
+    let bytes = (u64::from(width) * u64::from(height)).saturating_mul(bytes_per_pixel);
     if width > MAX_SIDE || height > MAX_SIDE || bytes > MAX_IMAGE_BYTES {
         let found = format!("{found} ({bytes} bytes)");
         let expected = format!("at most {MAX_SIDE}x{MAX_SIDE} and {MAX_IMAGE_BYTES} bytes");
-        return Err(Flaw { found, expected, limit: true });
+        return Err(Flaw {
+            found,
+            expected,
+            limit: true,
+        });
     }
     Ok(())
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes)
+    bytes
+        .get(at..at + 4)?
+        .try_into()
+        .ok()
+        .map(u32::from_be_bytes)
 }
 
 /// PNG (ISO/IEC 15948): signature, IHDR, other chunks, IEND.
@@ -89,7 +122,10 @@ fn check_png(bytes: &[u8]) -> Result<(), Flaw> {
     let mut compressed = 0u64;
     loop {
         let (Some(length), Some(kind)) = (u32_at(bytes, at), bytes.get(at + 4..at + 8)) else {
-            return flaw(format!("the file ends early, after {} bytes", bytes.len()), "IEND");
+            return flaw(
+                format!("the file ends early, after {} bytes", bytes.len()),
+                "IEND",
+            );
         };
         let name = String::from_utf8_lossy(kind).into_owned();
         let data = at + 8;
@@ -116,16 +152,19 @@ fn check_png(bytes: &[u8]) -> Result<(), Flaw> {
 
 /// The bytes of all scan lines.
 fn png_header(body: &[u8]) -> Result<u64, Flaw> {
-    let (Some(width), Some(height), Some(&[depth, color])) =
-        (u32_at(body, 0), u32_at(body, 4), body.get(8..10).and_then(|b| b.first_chunk::<2>()))
-    else {
+    let (Some(width), Some(height), Some(&[depth, color])) = (
+        u32_at(body, 0),
+        u32_at(body, 4),
+        body.get(8..10).and_then(|b| b.first_chunk::<2>()),
+    ) else {
         return flaw(format!("an IHDR of {} bytes", body.len()), "13 bytes");
     };
-    // Samples in the file and after palettes and transparency are expanded.
+    // Samples in the file and after a palette is expanded. A tRNS chunk may add one more: the
+    // decoder's own limit covers that case.
     let (samples, decoded) = match color {
-        0 => (1, 2),
-        2 => (3, 4),
-        3 => (1, 4),
+        0 => (1, 1),
+        2 => (3, 3),
+        3 => (1, 3),
         4 => (2, 2),
         6 => (4, 4),
         other => return flaw(format!("IHDR: colour type {other}"), "0, 2, 3, 4 or 6"),
@@ -133,10 +172,7 @@ fn png_header(body: &[u8]) -> Result<u64, Flaw> {
     if ![1, 2, 4, 8, 16].contains(&depth) {
         return flaw(format!("IHDR: {depth} bits per sample"), "1, 2, 4, 8 or 16");
     }
-    // Without transparency a decoder needs less; that case is told apart by the decoder itself.
-    let least = if color == 0 || color == 2 { decoded - 1 } else { decoded };
-    let least = if color == 3 { 3 } else { least };
-    check_size(width, height, least * u64::from(depth.div_ceil(8)))?;
+    check_size(width, height, decoded * u64::from(depth.div_ceil(8)))?;
     let row = (u64::from(width) * samples * u64::from(depth)).div_ceil(8) + 1;
     Ok(row * u64::from(height))
 }
@@ -157,16 +193,26 @@ fn check_jpeg(bytes: &[u8]) -> Result<(), Flaw> {
     let mut at = 2;
     let mut size = None;
     let mut scans = 0;
-    let cut = |at: usize| flaw(format!("the file ends early, at byte {at}"), "an EOI marker");
+    let cut = |at: usize| {
+        flaw(
+            format!("the file ends early, at byte {at}"),
+            "an EOI marker",
+        )
+    };
     loop {
         // Any number of fill bytes may stand before a marker.
         if bytes.get(at).is_some_and(|&b| b != 0xff) {
-            return flaw(format!("byte {at} is {:#04x}", bytes[at]), "a marker (0xff)");
+            return flaw(
+                format!("byte {at} is {:#04x}", bytes[at]),
+                "a marker (0xff)",
+            );
         }
         while bytes.get(at) == Some(&0xff) {
             at += 1;
         }
-        let Some(&marker) = bytes.get(at) else { return cut(at) };
+        let Some(&marker) = bytes.get(at) else {
+            return cut(at);
+        };
         at += 1;
         match marker {
             0xd9 => break,
@@ -175,7 +221,9 @@ fn check_jpeg(bytes: &[u8]) -> Result<(), Flaw> {
             0x00 | 0xd8 => return flaw(format!("marker {marker:#04x} at byte {at}"), "a segment"),
             _ => {}
         }
-        let Some(length) = bytes.get(at..at + 2).map(|b| usize::from(b[0]) << 8 | usize::from(b[1]))
+        let Some(length) = bytes
+            .get(at..at + 2)
+            .map(|b| usize::from(b[0]) << 8 | usize::from(b[1]))
         else {
             return cut(at);
         };
@@ -189,10 +237,14 @@ fn check_jpeg(bytes: &[u8]) -> Result<(), Flaw> {
         at += length;
         match marker {
             0xc0..=0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf => {
-                let (Some(&[h1, h0, w1, w0]), Some(&components)) =
-                    (body.get(1..).and_then(|b| b.first_chunk::<4>()), body.get(5))
-                else {
-                    return flaw(format!("a frame header of {} bytes", body.len()), "at least 6");
+                let (Some(&[h1, h0, w1, w0]), Some(&components)) = (
+                    body.get(1..).and_then(|b| b.first_chunk::<4>()),
+                    body.get(5),
+                ) else {
+                    return flaw(
+                        format!("a frame header of {} bytes", body.len()),
+                        "at least 6",
+                    );
                 };
                 let (height, width) = (u16::from_be_bytes([h1, h0]), u16::from_be_bytes([w1, w0]));
                 if size.replace((width, height)).is_some() {

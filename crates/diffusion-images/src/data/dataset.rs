@@ -62,11 +62,16 @@ impl Dataset {
     ) -> Result<Self> {
         let name = name.into();
         let (channels, height, width) = shape;
-        let size = channels.checked_mul(height).and_then(|n| n.checked_mul(width)).unwrap_or(0);
+        let size = channels
+            .checked_mul(height)
+            .and_then(|n| n.checked_mul(width))
+            .unwrap_or(0);
         let found = pixels.len();
         if size == 0 || found == 0 || !found.is_multiple_of(size) {
             return Err(Report::new(name, format!("{found} values"))
-                .expected(format!("a positive multiple of {channels}x{height}x{width}"))
+                .expected(format!(
+                    "a positive multiple of {channels}x{height}x{width}"
+                ))
                 .remedy("check the shape of the images")
                 .input());
         }
@@ -75,7 +80,15 @@ impl Dataset {
         if let Some(labels) = &labels {
             check_labels(&name, labels, count)?;
         }
-        Ok(Self { name, channels, height, width, count, pixels, labels })
+        Ok(Self {
+            name,
+            channels,
+            height,
+            width,
+            count,
+            pixels,
+            labels,
+        })
     }
 
     /// What errors and reports call it.
@@ -143,7 +156,10 @@ impl Dataset {
         let size = self.image_size();
         let mut values = Vec::with_capacity(items.len() * size);
         match &self.pixels {
-            Pixels::Levels { values: levels, max } => {
+            Pixels::Levels {
+                values: levels,
+                max,
+            } => {
                 let table = level_table(*max);
                 for &item in items {
                     let image = &levels[item * size..][..size];
@@ -184,16 +200,23 @@ impl Dataset {
         self.check_items(items)?;
         let size = self.image_size();
         let pixels = match &self.pixels {
-            Pixels::Levels { values, max } => {
-                Pixels::Levels { values: gather(values, items, size), max: *max }
-            }
+            Pixels::Levels { values, max } => Pixels::Levels {
+                values: gather(values, items, size),
+                max: *max,
+            },
             Pixels::Real(values) => Pixels::Real(gather(values, items, size)),
         };
         let labels = self.labels.as_ref().map(|labels| Labels {
             values: gather(&labels.values, items, 1),
             classes: labels.classes.clone(),
         });
-        Ok(Dataset { name: self.name.clone(), count: items.len(), pixels, labels, ..*self })
+        Ok(Dataset {
+            name: self.name.clone(),
+            count: items.len(),
+            pixels,
+            labels,
+            ..*self
+        })
     }
 
     /// The fixed split into training and test images: image `i` is for testing if `i mod 5 = 4`.
@@ -231,7 +254,10 @@ impl Dataset {
         let describe = |d: &Dataset| {
             let classes = d.classes().join(", ");
             let levels = d.levels().unwrap_or(0);
-            format!("{}x{}x{}, {levels} levels, classes [{classes}]", d.channels, d.height, d.width)
+            format!(
+                "{}x{}x{}, {levels} levels, classes [{classes}]",
+                d.channels, d.height, d.width
+            )
         };
         let (found, expected) = (describe(other), describe(self));
         if found == expected {
@@ -272,7 +298,9 @@ pub(super) fn check_total(name: &str, bytes: u64) -> Result<()> {
 
 /// `v ↦ 2 v / max − 1` for all v, rounded once.
 fn level_table(max: u8) -> Vec<f32> {
-    (0..=max).map(|v| (2.0 * f64::from(v) / f64::from(max) - 1.0) as f32).collect()
+    (0..=max)
+        .map(|v| (2.0 * f64::from(v) / f64::from(max) - 1.0) as f32)
+        .collect()
 }
 
 fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
@@ -286,7 +314,9 @@ fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
 fn check_values(name: &str, pixels: &Pixels, size: usize) -> Result<()> {
     let bad = match pixels {
         Pixels::Levels { max: 0, .. } => {
-            return Err(Report::new(name, "a largest level of 0").expected("at least 1").input());
+            return Err(Report::new(name, "a largest level of 0")
+                .expected("at least 1")
+                .input());
         }
         Pixels::Levels { values, max } => values
             .iter()
@@ -301,7 +331,10 @@ fn check_values(name: &str, pixels: &Pixels, size: usize) -> Result<()> {
         None => Ok(()),
         Some((i, found, range)) => {
             let at = format!("{name}: image {}, value {}", i / size, i % size);
-            Err(Report::new(at, found).expected(range).remedy("rescale the pixels").input())
+            Err(Report::new(at, found)
+                .expected(range)
+                .remedy("rescale the pixels")
+                .input())
         }
     }
 }
@@ -314,7 +347,11 @@ fn check_labels(name: &str, labels: &Labels, count: usize) -> Result<()> {
             .input());
     }
     let classes = labels.classes.len();
-    match labels.values.iter().position(|&label| label as usize >= classes) {
+    match labels
+        .values
+        .iter()
+        .position(|&label| label as usize >= classes)
+    {
         None => Ok(()),
         Some(i) => Err(Report::new(format!("{name}: label {i}"), labels.values[i])
             .expected(format!("a class number below {classes}"))
@@ -354,29 +391,68 @@ mod tests {
     #[test]
     fn real_values_pass_unchanged_and_are_checked() {
         let make = |values| Dataset::new("real", (1, 1, 2), Pixels::Real(values), None);
-        let (x, y) = make(vec![-1.0, 0.25, 0.5, 1.0]).unwrap().all(&Device::Cpu).unwrap();
-        assert_eq!(x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [-1.0, 0.25, 0.5, 1.0]);
+        let (x, y) = make(vec![-1.0, 0.25, 0.5, 1.0])
+            .unwrap()
+            .all(&Device::Cpu)
+            .unwrap();
+        assert_eq!(
+            x.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [-1.0, 0.25, 0.5, 1.0]
+        );
         assert!(y.is_none());
         for (bad, clue) in [(1.5, "1.5"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
             let message = make(vec![0.0, 0.0, 0.0, bad]).unwrap_err().to_string();
-            assert!(message.contains("image 1, value 1") && message.contains(clue), "{message}");
+            assert!(
+                message.contains("image 1, value 1") && message.contains(clue),
+                "{message}"
+            );
         }
     }
 
     #[test]
     fn wrong_counts_are_refused() {
-        let levels = |n: usize| Pixels::Levels { values: vec![0; n], max: 255 };
-        for (shape, n) in [((1, 2, 3), 7), ((1, 2, 3), 0), ((0, 2, 3), 6), ((1 << 40, 1 << 40, 2), 4)]
-        {
-            assert!(Dataset::new("toy", shape, levels(n), None).is_err(), "{shape:?} {n}");
+        let levels = |n: usize| Pixels::Levels {
+            values: vec![0; n],
+            max: 255,
+        };
+        for (shape, n) in [
+            ((1, 2, 3), 7),
+            ((1, 2, 3), 0),
+            ((0, 2, 3), 6),
+            ((1 << 40, 1 << 40, 2), 4),
+        ] {
+            assert!(
+                Dataset::new("toy", shape, levels(n), None).is_err(),
+                "{shape:?} {n}"
+            );
         }
-        let labels = |values: Vec<u32>| Some(Labels { values, classes: vec!["a".into()] });
+        let labels = |values: Vec<u32>| {
+            Some(Labels {
+                values,
+                classes: vec!["a".into()],
+            })
+        };
         let with = |values| Dataset::new("toy", (1, 1, 1), levels(2), labels(values));
         assert!(with(vec![0, 0]).is_ok());
-        assert!(with(vec![0]).unwrap_err().to_string().contains("1 labels; expected 2"));
-        assert!(with(vec![0, 1]).unwrap_err().to_string().contains("label 1"));
+        assert!(
+            with(vec![0])
+                .unwrap_err()
+                .to_string()
+                .contains("1 labels; expected 2")
+        );
+        assert!(
+            with(vec![0, 1])
+                .unwrap_err()
+                .to_string()
+                .contains("label 1")
+        );
         let data = bytes(3);
-        assert!(data.batch(&[3], &Device::Cpu).unwrap_err().to_string().contains("item 3"));
+        assert!(
+            data.batch(&[3], &Device::Cpu)
+                .unwrap_err()
+                .to_string()
+                .contains("item 3")
+        );
         assert!(data.batch(&[], &Device::Cpu).is_err());
     }
 
@@ -387,8 +463,17 @@ mod tests {
         assert_eq!((train.len(), test.len()), (9, 2));
         assert_eq!(test, data.select(&[4, 9]).unwrap());
         let both = train.concat(test).unwrap();
-        assert_eq!(both, data.select(&[0, 1, 2, 3, 5, 6, 7, 8, 10, 4, 9]).unwrap());
-        assert!(bytes(4).split().unwrap_err().to_string().contains("at least 5"));
+        assert_eq!(
+            both,
+            data.select(&[0, 1, 2, 3, 5, 6, 7, 8, 10, 4, 9]).unwrap()
+        );
+        assert!(
+            bytes(4)
+                .split()
+                .unwrap_err()
+                .to_string()
+                .contains("at least 5")
+        );
         assert!(check_total("x", MAX_DATASET_BYTES).is_ok());
         assert!(check_total("x", MAX_DATASET_BYTES + 1).is_err());
     }

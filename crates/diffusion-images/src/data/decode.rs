@@ -37,9 +37,8 @@ pub(super) fn read(path: &Path, square: Option<u32>) -> Result<Pixmap> {
     let bytes = input::read_bounded(path, MAX_FILE_BYTES)?;
     let kind = container::check(&bytes).map_err(|flaw| refuse(path, flaw))?;
     let decoded = match kind {
-        Kind::Png => PngDecoder::with_limits(Cursor::new(&bytes), limits())
-            .and_then(|decoder| to_eight_bits(decoder)),
-        Kind::Jpeg => JpegDecoder::new(Cursor::new(&bytes)).and_then(|decoder| to_eight_bits(decoder)),
+        Kind::Png => PngDecoder::with_limits(Cursor::new(&bytes), limits()).and_then(to_eight_bits),
+        Kind::Jpeg => JpegDecoder::new(Cursor::new(&bytes)).and_then(to_eight_bits),
     };
     let picture = decoded.map_err(|error| undecodable(path, kind, error))?;
     let picture = match square {
@@ -48,10 +47,18 @@ pub(super) fn read(path: &Path, square: Option<u32>) -> Result<Pixmap> {
     };
     let (width, height) = (picture.width(), picture.height());
     Ok(match picture {
-        DynamicImage::ImageLuma8(grey) => {
-            Pixmap { width, height, channels: 1, pixels: grey.into_raw() }
-        }
-        other => Pixmap { width, height, channels: 3, pixels: other.into_rgb8().into_raw() },
+        DynamicImage::ImageLuma8(grey) => Pixmap {
+            width,
+            height,
+            channels: 1,
+            pixels: grey.into_raw(),
+        },
+        other => Pixmap {
+            width,
+            height,
+            channels: 3,
+            pixels: other.into_rgb8().into_raw(),
+        },
     })
 }
 
@@ -127,7 +134,11 @@ fn wrong_size() -> image::ImageError {
 
 /// Composes on white and rounds to 8 bits, in place: no pixel grows, so none is overwritten early.
 fn flatten(buffer: &mut Vec<u8>, channels: usize, wide: bool) {
-    let (colors, alpha) = if channels <= 2 { (1, channels == 2) } else { (3, channels == 4) };
+    let (colors, alpha) = if channels <= 2 {
+        (1, channels == 2)
+    } else {
+        (3, channels == 4)
+    };
     if !wide && !alpha {
         return;
     }
@@ -163,7 +174,11 @@ fn resize(picture: DynamicImage, side: u32) -> DynamicImage {
     } else {
         picture.crop_imm((width - square) / 2, (height - square) / 2, square, square)
     };
-    if square == side { cropped } else { cropped.resize_exact(side, side, FilterType::Lanczos3) }
+    if square == side {
+        cropped
+    } else {
+        cropped.resize_exact(side, side, FilterType::Lanczos3)
+    }
 }
 
 fn refuse(path: &Path, flaw: Flaw) -> Error {
@@ -210,19 +225,26 @@ mod tests {
         let values = [0u16, 128, 129, 257, 65_535, 65_406, 32_767];
         let mut bytes: Vec<u8> = values.iter().flat_map(|v| v.to_ne_bytes()).collect();
         flatten(&mut bytes, 1, true);
-        let expected: Vec<u8> =
-            values.iter().map(|&v| (f64::from(v) / 257.0).round() as u8).collect();
+        let expected: Vec<u8> = values
+            .iter()
+            .map(|&v| (f64::from(v) / 257.0).round() as u8)
+            .collect();
         assert_eq!(bytes, expected);
-        let mut rgba: Vec<u8> =
-            [65_535u16, 0, 1000, 0, 0, 25_700, 65_535, 65_535].map(u16::to_ne_bytes).concat();
+        let mut rgba: Vec<u8> = [65_535u16, 0, 1000, 0, 0, 25_700, 65_535, 65_535]
+            .map(u16::to_ne_bytes)
+            .concat();
         flatten(&mut rgba, 4, true);
         assert_eq!(rgba, [255, 255, 255, 0, 100, 255]);
     }
 
     #[test]
     fn grey_is_bt601_and_planes_are_separated() {
-        let picture =
-            Pixmap { width: 2, height: 1, channels: 3, pixels: vec![255, 0, 0, 1, 2, 3] };
+        let picture = Pixmap {
+            width: 2,
+            height: 1,
+            channels: 3,
+            pixels: vec![255, 0, 0, 1, 2, 3],
+        };
         let mut planes = Vec::new();
         picture.append_planes(3, &mut planes);
         assert_eq!(planes, [255, 1, 0, 2, 0, 3]);

@@ -37,7 +37,10 @@ fn parse(text: &str, rows: usize) -> Result<Dataset> {
     let mut values = Vec::with_capacity(rows * SIDE * SIDE);
     let mut labels = Vec::with_capacity(rows);
     for (row, line) in text.lines().enumerate() {
-        let fields = line.split(',').map(str::parse::<u8>).collect::<Result<Vec<u8>, _>>();
+        let fields = line
+            .split(',')
+            .map(str::parse::<u8>)
+            .collect::<Result<Vec<u8>, _>>();
         match fields.as_deref() {
             Ok([pixels @ .., label]) if pixels.len() == SIDE * SIDE && *label < 10 => {
                 values.extend_from_slice(pixels);
@@ -52,17 +55,22 @@ fn parse(text: &str, rows: usize) -> Result<Dataset> {
         }
     }
     if labels.len() != rows {
-        return Err(Report::new("digits.csv.gz", format!("{} rows", labels.len()))
-            .expected(format!("{rows} rows"))
-            .remedy("build the program from unchanged sources")
-            .input());
+        return Err(
+            Report::new("digits.csv.gz", format!("{} rows", labels.len()))
+                .expected(format!("{rows} rows"))
+                .remedy("build the program from unchanged sources")
+                .input(),
+        );
     }
     let classes = (0..10).map(|digit| digit.to_string()).collect();
     Dataset::new(
         NAME,
         (1, SIDE, SIDE),
         Pixels::Levels { values, max: MAX },
-        Some(Labels { values: labels, classes }),
+        Some(Labels {
+            values: labels,
+            classes,
+        }),
     )
 }
 
@@ -75,7 +83,10 @@ mod tests {
     fn has_the_published_size_and_class_counts() {
         let digits = load().unwrap();
         assert_eq!(digits.len(), 1797);
-        assert_eq!((digits.channels(), digits.height(), digits.width()), (1, 8, 8));
+        assert_eq!(
+            (digits.channels(), digits.height(), digits.width()),
+            (1, 8, 8)
+        );
         assert_eq!(digits.levels(), Some(17));
         let mut counts = [0; 10];
         for label in digits.labels().unwrap() {

@@ -89,7 +89,10 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
             }
         }
     }
-    let labels = (!classes.is_empty()).then_some(Labels { values: labels, classes });
+    let labels = (!classes.is_empty()).then_some(Labels {
+        values: labels,
+        classes,
+    });
     stack.finish(folder, labels)
 }
 
@@ -132,10 +135,17 @@ struct Listing {
 
 impl Listing {
     fn read(folder: &Path) -> Result<Self> {
-        let mut listing = Self { files: Vec::new(), folders: Vec::new() };
+        let mut listing = Self {
+            files: Vec::new(),
+            folders: Vec::new(),
+        };
         for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
             let path = entry.map_err(|e| Error::io(folder, e))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if name.starts_with('.') {
                 continue;
             }
@@ -179,14 +189,21 @@ impl Stack {
         if options.color == Color::Grey {
             picture = picture.into_grey();
         }
-        let wanted = if options.color == Color::Rgb { 3 } else { picture.channels };
+        let wanted = if options.color == Color::Rgb {
+            3
+        } else {
+            picture.channels
+        };
         self.check_size(file, &picture)?;
         if self.channels == 1 && wanted == 3 {
             self.repeat_planes(&picture)?;
         }
         self.channels = self.channels.max(wanted);
         let size = self.channels * picture.pixels.len() / picture.channels;
-        check_total(&file.display().to_string(), (self.values.len() + size) as u64)?;
+        check_total(
+            &file.display().to_string(),
+            (self.values.len() + size) as u64,
+        )?;
         picture.append_planes(self.channels, &mut self.values);
         self.count += 1;
         Ok(())
@@ -209,21 +226,32 @@ impl Stack {
 
     /// Turns the grey images so far into colour when the first colour image appears.
     fn repeat_planes(&mut self, picture: &Pixmap) -> Result<()> {
-        let file = self.first.as_ref().map(|(file, ..)| file.display().to_string());
+        let file = self
+            .first
+            .as_ref()
+            .map(|(file, ..)| file.display().to_string());
         check_total(&file.unwrap_or_default(), 3 * self.values.len() as u64)?;
         let plane = picture.pixels.len() / picture.channels;
-        self.values =
-            self.values.chunks_exact(plane).flat_map(|grey| grey.repeat(3)).collect();
+        self.values = self
+            .values
+            .chunks_exact(plane)
+            .flat_map(|grey| grey.repeat(3))
+            .collect();
         Ok(())
     }
 
     fn finish(self, folder: &Path, labels: Option<Labels>) -> Result<Dataset> {
-        let Some((_, width, height)) = self.first else { return Err(empty(folder)) };
+        let Some((_, width, height)) = self.first else {
+            return Err(empty(folder));
+        };
         tracing::info!(folder = %folder.display(), images = self.count, width, height, "read");
         Dataset::new(
             folder.display().to_string(),
             (self.channels, height as usize, width as usize),
-            Pixels::Levels { values: self.values, max: 255 },
+            Pixels::Levels {
+                values: self.values,
+                max: 255,
+            },
             labels,
         )
     }

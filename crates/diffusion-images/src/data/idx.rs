@@ -59,10 +59,13 @@ fn read_labels(path: &Path, images: u32) -> Result<Labels> {
 /// The labels file beside an images file: `…images-idx3-ubyte…` to `…labels-idx1-ubyte…`.
 pub fn labels_companion(images: &Path) -> Option<PathBuf> {
     let name = images.file_name()?.to_str()?;
-    [("images-idx3", "labels-idx1"), ("images.idx3", "labels.idx1")]
-        .iter()
-        .filter(|(from, _)| name.contains(from))
-        .find_map(|(from, to)| beside(images, &name.replace(from, to)))
+    [
+        ("images-idx3", "labels-idx1"),
+        ("images.idx3", "labels.idx1"),
+    ]
+    .iter()
+    .filter(|(from, _)| name.contains(from))
+    .find_map(|(from, to)| beside(images, &name.replace(from, to)))
 }
 
 /// The test images beside `train-images-…`: `t10k-images-…` or `test-images-…`.
@@ -94,10 +97,21 @@ impl<'a> Idx<'a> {
         let length = input::check_regular(path)?;
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let mut file = BufReader::new(file);
-        let gzip = file.fill_buf().map_err(|e| Error::io(path, e))?.starts_with(&[0x1f, 0x8b]);
-        let data: Box<dyn Read> =
-            if gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-        Ok(Self { path, length, gzip, data })
+        let gzip = file
+            .fill_buf()
+            .map_err(|e| Error::io(path, e))?
+            .starts_with(&[0x1f, 0x8b]);
+        let data: Box<dyn Read> = if gzip {
+            Box::new(MultiGzDecoder::new(file))
+        } else {
+            Box::new(file)
+        };
+        Ok(Self {
+            path,
+            length,
+            gzip,
+            data,
+        })
     }
 
     /// The sizes in the header and exactly the bytes that they promise.
@@ -119,7 +133,11 @@ impl<'a> Idx<'a> {
     }
 
     fn check_sizes(&self, sizes: &[u32]) -> Result<u64> {
-        let shape = sizes.iter().map(u32::to_string).collect::<Vec<_>>().join("x");
+        let shape = sizes
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join("x");
         let report = Report::file(self.path, format!("a header that claims {shape} values"));
         if sizes.contains(&0) {
             return Err(report.expected("sizes of at least 1").remedy(AGAIN).input());
@@ -147,7 +165,11 @@ impl<'a> Idx<'a> {
             }
         } else if claim + header != self.length {
             return Err(report
-                .expected(format!("a file of {} bytes instead of {}", claim + header, self.length))
+                .expected(format!(
+                    "a file of {} bytes instead of {}",
+                    claim + header,
+                    self.length
+                ))
                 .remedy(AGAIN)
                 .input());
         }
@@ -187,8 +209,15 @@ impl<'a> Idx<'a> {
     fn fill(&mut self, buffer: &mut [u8], what: &str) -> Result<()> {
         self.data.read_exact(buffer).map_err(|error| {
             if error.kind() == std::io::ErrorKind::UnexpectedEof {
-                let found = if self.length == 0 { "an empty file" } else { "the file ends early" };
-                Report::file(self.path, found).expected(what).remedy(AGAIN).input()
+                let found = if self.length == 0 {
+                    "an empty file"
+                } else {
+                    "the file ends early"
+                };
+                Report::file(self.path, found)
+                    .expected(what)
+                    .remedy(AGAIN)
+                    .input()
             } else {
                 self.broken(error)
             }

@@ -11,7 +11,11 @@ pub(super) fn check_regular(path: &Path) -> Result<u64> {
     if meta.is_file() {
         Ok(meta.len())
     } else {
-        let found = if meta.is_dir() { "a folder" } else { "a pipe or device" };
+        let found = if meta.is_dir() {
+            "a folder"
+        } else {
+            "a pipe or device"
+        };
         Err(Report::file(path, found)
             .expected("a regular file")
             .remedy("save the data to a file first")
@@ -30,9 +34,13 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
     }
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
-    bytes.try_reserve_exact(length as usize).map_err(|_| out_of_memory(path, length))?;
+    bytes
+        .try_reserve_exact(length as usize)
+        .map_err(|_| out_of_memory(path, length))?;
     // The bound holds even if the file grows while it is read.
-    file.take(limit).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    file.take(limit)
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io(path, e))?;
     if bytes.is_empty() {
         return Err(Report::file(path, "an empty file")
             .expected("image data")
@@ -44,7 +52,10 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
 
 /// The system refused to lend `bytes` bytes.
 pub(super) fn out_of_memory(path: &Path, bytes: u64) -> Error {
-    Report::file(path, format!("{bytes} bytes are needed, which this machine does not have"))
-        .remedy("use fewer or smaller images")
-        .limit()
+    Report::file(
+        path,
+        format!("{bytes} bytes are needed, which this machine does not have"),
+    )
+    .remedy("use fewer or smaller images")
+    .limit()
 }

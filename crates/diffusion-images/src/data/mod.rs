@@ -87,7 +87,10 @@ pub fn splits(spec: &str, options: &Options) -> Result<Splits> {
             None => idx::read(path)?.split()?,
         },
         Source::Folder(path) => match folder::split_folders(path)? {
-            Some((train, test)) => (folder::read(&train, options)?, folder::read(&test, options)?),
+            Some((train, test)) => (
+                folder::read(&train, options)?,
+                folder::read(&test, options)?,
+            ),
             None => folder::read(path, options)?.split()?,
         },
     };
@@ -113,18 +116,22 @@ impl<'a> Source<'a> {
                 Source::Idx(path)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Report::new(format!("data `{spec}`"), "no such file or folder")
-                    .expected("`digits`, an IDX file or a folder of PNG or JPEG images")
-                    .remedy("check the path")
-                    .input());
+                return Err(
+                    Report::new(format!("data `{spec}`"), "no such file or folder")
+                        .expected("`digits`, an IDX file or a folder of PNG or JPEG images")
+                        .remedy("check the path")
+                        .input(),
+                );
             }
             Err(error) => return Err(Error::io(path, error)),
         };
         if *options != Options::default() {
-            return Err(Report::new(format!("data `{spec}`"), "a size or colour was asked for")
-                .expected("such options with a folder of images only")
-                .remedy("leave the options out")
-                .config());
+            return Err(
+                Report::new(format!("data `{spec}`"), "a size or colour was asked for")
+                    .expected("such options with a folder of images only")
+                    .remedy("leave the options out")
+                    .config(),
+            );
         }
         Ok(source)
     }

@@ -1,1 +1,5 @@
 //! Measures of sample quality.
+
+pub mod classifier;
+
+pub use classifier::{Classifier, ClassifierConfig};

@@ -1,0 +1,335 @@
+//! The fields of a scheduler configuration, with the library's defaults.
+
+use crate::error::{Report, Result};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Classes that can be planned.
+pub const CLASSES: [&str; 6] = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+];
+
+/// A scheduler configuration under the library's names. Fields that a class does not have are
+/// simply not read by it; what was left out of the file takes the class's default.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // The names are the library's; its documentation is the reference.
+pub struct Config {
+    #[serde(rename = "_class_name")]
+    pub class: String,
+    pub num_train_timesteps: usize,
+    pub beta_start: Option<f64>,
+    pub beta_end: Option<f64>,
+    pub beta_schedule: String,
+    pub trained_betas: Option<Vec<f64>>,
+    pub prediction_type: String,
+    pub clip_sample: Option<bool>,
+    pub clip_sample_range: f64,
+    pub thresholding: bool,
+    pub dynamic_thresholding_ratio: f64,
+    pub sample_max_value: f64,
+    pub timestep_spacing: Option<String>,
+    pub steps_offset: i64,
+    pub rescale_betas_zero_snr: bool,
+    pub variance_type: Option<String>,
+    pub set_alpha_to_one: bool,
+    pub interpolation_type: String,
+    pub timestep_type: String,
+    pub use_karras_sigmas: bool,
+    pub use_exponential_sigmas: bool,
+    pub use_beta_sigmas: bool,
+    pub use_lu_lambdas: bool,
+    pub use_flow_sigmas: bool,
+    pub final_sigmas_type: String,
+    pub sigma_min: Option<f64>,
+    pub sigma_max: Option<f64>,
+    pub sigma_data: f64,
+    pub sigma_schedule: String,
+    pub rho: f64,
+    pub solver_order: usize,
+    pub algorithm_type: String,
+    pub solver_type: String,
+    pub lower_order_final: bool,
+    pub euler_at_final: bool,
+    #[serde(deserialize_with = "number_or_infinity")]
+    pub lambda_min_clipped: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            class: String::new(),
+            num_train_timesteps: 1000,
+            beta_start: None,
+            beta_end: None,
+            beta_schedule: "linear".into(),
+            trained_betas: None,
+            prediction_type: "epsilon".into(),
+            clip_sample: None,
+            clip_sample_range: 1.0,
+            thresholding: false,
+            dynamic_thresholding_ratio: 0.995,
+            sample_max_value: 1.0,
+            timestep_spacing: None,
+            steps_offset: 0,
+            rescale_betas_zero_snr: false,
+            variance_type: None,
+            set_alpha_to_one: true,
+            interpolation_type: "linear".into(),
+            timestep_type: "discrete".into(),
+            use_karras_sigmas: false,
+            use_exponential_sigmas: false,
+            use_beta_sigmas: false,
+            use_lu_lambdas: false,
+            use_flow_sigmas: false,
+            final_sigmas_type: "zero".into(),
+            sigma_min: None,
+            sigma_max: None,
+            sigma_data: 0.5,
+            sigma_schedule: "karras".into(),
+            rho: 7.0,
+            solver_order: 2,
+            algorithm_type: "dpmsolver++".into(),
+            solver_type: "midpoint".into(),
+            lower_order_final: true,
+            euler_at_final: false,
+            lambda_min_clipped: f64::NEG_INFINITY,
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a configuration; `at` names it in messages.
+    ///
+    /// # Errors
+    /// As [`super::Scheduler::from_json`].
+    pub fn from_json(text: &str, at: &str) -> Result<Self> {
+        let text = quote_infinities(text);
+        let mut reader = serde_json::Deserializer::from_str(&text);
+        let config: Config = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+            Report::new(at, format!("{}: {}", error.path(), error.inner()))
+                .expected("a diffusers scheduler configuration")
+                .input()
+        })?;
+        config.check(at)?;
+        Ok(config)
+    }
+
+    fn check(&self, at: &str) -> Result<()> {
+        let class = self.class.as_str();
+        if !CLASSES.contains(&class) {
+            return Err(
+                Report::new(format!("{at}: _class_name"), format!("{class:?}"))
+                    .expected(format!("one of {}", CLASSES.join(", ")))
+                    .unsupported(),
+            );
+        }
+        if !(1..=1_000_000).contains(&self.num_train_timesteps) {
+            return Err(Report::new(
+                format!("{at}: num_train_timesteps"),
+                self.num_train_timesteps,
+            )
+            .expected("1 to 1000000")
+            .config());
+        }
+        let one_of = |field: &str, value: &str, known: &[&str], open: &[&str]| {
+            if known.contains(&value) {
+                Ok(())
+            } else if open.contains(&value) {
+                Err(Report::new(format!("{at}: {field}"), value)
+                    .expected(format!("one of {}", known.join(", ")))
+                    .remedy("this version does not have it yet")
+                    .unsupported())
+            } else {
+                Err(Report::new(format!("{at}: {field}"), value)
+                    .expected(format!("one of {}", known.join(", ")))
+                    .config())
+            }
+        };
+        one_of(
+            "beta_schedule",
+            &self.beta_schedule,
+            &["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+            &["exp", "laplace"],
+        )?;
+        let kinds: &[&str] = match class {
+            "EDMEulerScheduler" => &["epsilon", "v_prediction"],
+            _ => &["epsilon", "sample", "original_sample", "v_prediction"],
+        };
+        one_of(
+            "prediction_type",
+            &self.prediction_type,
+            kinds,
+            &["flow_prediction"],
+        )?;
+        one_of(
+            "timestep_spacing",
+            self.spacing(),
+            &["leading", "trailing", "linspace"],
+            &[],
+        )?;
+        one_of(
+            "final_sigmas_type",
+            &self.final_sigmas_type,
+            &["zero", "sigma_min"],
+            &[],
+        )?;
+        if class == "DDPMScheduler" {
+            one_of(
+                "variance_type",
+                self.variance_type.as_deref().unwrap_or("fixed_small"),
+                &[
+                    "fixed_small",
+                    "fixed_small_log",
+                    "fixed_large",
+                    "learned_range",
+                ],
+                &["fixed_large_log", "learned"],
+            )?;
+        }
+        if class == "EulerDiscreteScheduler" {
+            one_of(
+                "interpolation_type",
+                &self.interpolation_type,
+                &["linear", "log_linear"],
+                &[],
+            )?;
+            one_of(
+                "timestep_type",
+                &self.timestep_type,
+                &["discrete", "continuous"],
+                &[],
+            )?;
+        }
+        if class == "EDMEulerScheduler" {
+            one_of(
+                "sigma_schedule",
+                &self.sigma_schedule,
+                &["karras", "exponential"],
+                &[],
+            )?;
+        }
+        if class == "DPMSolverMultistepScheduler" {
+            one_of(
+                "algorithm_type",
+                &self.algorithm_type,
+                &["dpmsolver++"],
+                &["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++", "deis"],
+            )?;
+            if self.solver_order == 2 {
+                one_of(
+                    "solver_type",
+                    &self.solver_type,
+                    &["midpoint", "logrho", "bh1", "bh2"],
+                    &["heun"],
+                )?;
+            }
+            if !(1..=2).contains(&self.solver_order) {
+                return Err(
+                    Report::new(format!("{at}: solver_order"), self.solver_order)
+                        .expected("1 or 2")
+                        .unsupported(),
+                );
+            }
+        }
+        for (field, on) in [
+            ("use_beta_sigmas", self.use_beta_sigmas),
+            ("use_lu_lambdas", self.use_lu_lambdas),
+            ("use_flow_sigmas", self.use_flow_sigmas),
+        ] {
+            if on {
+                return Err(Report::new(format!("{at}: {field}"), true)
+                    .expected("false")
+                    .remedy("this version does not have it yet")
+                    .unsupported());
+            }
+        }
+        if self.use_karras_sigmas && self.use_exponential_sigmas {
+            return Err(
+                Report::new(at, "use_karras_sigmas and use_exponential_sigmas")
+                    .expected("at most one of them")
+                    .config(),
+            );
+        }
+        Ok(())
+    }
+
+    /// How timesteps are spaced: what the file says or the class's default.
+    pub fn spacing(&self) -> &str {
+        match (&self.timestep_spacing, self.class.as_str()) {
+            (Some(spacing), _) => spacing,
+            (None, "DDPMScheduler" | "DDIMScheduler") => "leading",
+            (None, _) => "linspace",
+        }
+    }
+}
+
+/// JSON has no infinity, but files written by Python do: the bare words become strings.
+fn quote_infinities(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut in_string = false;
+    while let Some(c) = rest.chars().next() {
+        if !in_string {
+            let word = ["-Infinity", "Infinity", "NaN"]
+                .into_iter()
+                .find(|w| rest.starts_with(w));
+            if let Some(word) = word {
+                out.push('"');
+                out.push_str(word);
+                out.push('"');
+                rest = &rest[word.len()..];
+                continue;
+            }
+        }
+        let mut taken = c.len_utf8();
+        if in_string && c == '\\' {
+            taken += rest[1..].chars().next().map_or(0, char::len_utf8);
+        } else if c == '"' {
+            in_string = !in_string;
+        }
+        out.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    out
+}
+
+fn number_or_infinity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        Number(f64),
+        Word(String),
+    }
+    match Value::deserialize(deserializer)? {
+        Value::Number(number) => Ok(number),
+        Value::Word(word) => match word.as_str() {
+            "-Infinity" => Ok(f64::NEG_INFINITY),
+            "Infinity" => Ok(f64::INFINITY),
+            other => Err(serde::de::Error::custom(format!(
+                "{other:?} is not a number"
+            ))),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_bare_words_are_quoted() {
+        let text = r#"{"a": -Infinity, "b": "Infinity \" NaN", "c": NaN}"#;
+        let quoted = quote_infinities(text);
+        assert_eq!(
+            quoted,
+            r#"{"a": "-Infinity", "b": "Infinity \" NaN", "c": "NaN"}"#
+        );
+        assert_eq!(quote_infinities("\"\\"), "\"\\");
+        assert_eq!(quote_infinities("\"é\\é"), "\"é\\é");
+    }
+}

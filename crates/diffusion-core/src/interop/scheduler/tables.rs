@@ -1,0 +1,118 @@
+//! Tables of betas in the arithmetic of the library: f32, with running products in f64.
+
+use super::Config;
+use crate::error::{Report, Result};
+use crate::schedule::Table;
+use crate::schedule::cosine::cosine_betas;
+
+/// The smallest subnormal of half precision, `2⁻²⁴`: what sigma-form solvers put in place of a
+/// last `ᾱ` of zero.
+pub const SMALLEST_HALF: f64 = 1.0 / 16_777_216.0;
+
+/// The table of a configuration.
+///
+/// # Errors
+/// `Config` for betas outside `[0, 1]`.
+pub fn table(config: &Config, at: &str) -> Result<Table> {
+    let steps = config.num_train_timesteps;
+    let heun = config.class == "HeunDiscreteScheduler";
+    let start = config
+        .beta_start
+        .unwrap_or(if heun { 0.00085 } else { 1e-4 });
+    let end = config.beta_end.unwrap_or(if heun { 0.012 } else { 0.02 });
+    let betas: Vec<f32> = match (&config.trained_betas, config.beta_schedule.as_str()) {
+        (Some(betas), _) => betas.iter().map(|b| *b as f32).collect(),
+        (None, "scaled_linear") => linspace(start.sqrt(), end.sqrt(), steps)
+            .into_iter()
+            .map(|b| b * b)
+            .collect(),
+        (None, "squaredcos_cap_v2") => cosine_betas(steps).into_iter().map(|b| b as f32).collect(),
+        (None, "sigmoid") => linspace(-6.0, 6.0, steps)
+            .into_iter()
+            .map(|z| (1.0 / (1.0 + (-z).exp())) * (end - start) as f32 + start as f32)
+            .collect(),
+        (None, _) => linspace(start, end, steps),
+    };
+    if betas.len() != steps && config.trained_betas.is_none() {
+        return Err(Report::new(at, "betas of another length").config());
+    }
+    if let Some((i, beta)) = betas
+        .iter()
+        .enumerate()
+        .find(|(_, b)| !(0.0..=1.0).contains(*b))
+    {
+        return Err(Report::new(format!("{at}: betas[{i}]"), beta)
+            .expected("a value in [0, 1]")
+            .config());
+    }
+    let betas = if config.rescale_betas_zero_snr {
+        to_zero_terminal_snr(&betas)
+    } else {
+        betas
+    };
+    let table = Table::from_parts(
+        betas.iter().map(|b| f64::from(*b)).collect(),
+        products(&betas).into_iter().map(f64::from).collect(),
+    )?;
+    let sigma_form = matches!(
+        config.class.as_str(),
+        "EulerDiscreteScheduler" | "DPMSolverMultistepScheduler"
+    );
+    Ok(if config.rescale_betas_zero_snr && sigma_form {
+        table.with_last_alpha_bar(SMALLEST_HALF)
+    } else {
+        table
+    })
+}
+
+/// Evenly spaced f32 values, counted from the nearer end.
+fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
+    let (start, end) = (start as f32, end as f32);
+    if n == 1 {
+        return vec![start];
+    }
+    let step = (end - start) / (n - 1) as f32;
+    (0..n)
+        .map(|i| {
+            if i < n / 2 {
+                start + step * i as f32
+            } else {
+                end - step * (n - 1 - i) as f32
+            }
+        })
+        .collect()
+}
+
+/// Running products of `1 − β`, accumulated in f64 and rounded once each.
+fn products(betas: &[f32]) -> Vec<f32> {
+    let mut product = 1.0f64;
+    betas
+        .iter()
+        .map(|beta| {
+            product *= f64::from(1.0 - beta);
+            product as f32
+        })
+        .collect()
+}
+
+/// [`Table::rescaled_to_zero_terminal_snr`] in f32.
+fn to_zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
+    let root: Vec<f32> = products(betas).into_iter().map(f32::sqrt).collect();
+    let (first, last) = (root[0], root[root.len() - 1]);
+    let alpha_bar: Vec<f32> = root
+        .iter()
+        .map(|r| {
+            let moved = (r - last) * (first / (first - last));
+            moved * moved
+        })
+        .collect();
+    (0..alpha_bar.len())
+        .map(|i| {
+            1.0 - if i == 0 {
+                alpha_bar[0]
+            } else {
+                alpha_bar[i] / alpha_bar[i - 1]
+            }
+        })
+        .collect()
+}

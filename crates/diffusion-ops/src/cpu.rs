@@ -1,0 +1,122 @@
+//! What the CPU kernels share: element types, access to contiguous storage, ordered sums.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType, bail};
+
+/// The element types that the kernels are compiled for.
+pub(crate) trait Real: WithDType + std::ops::Neg<Output = Self> {
+    fn exp(self) -> Self;
+    fn ln_1p(self) -> Self;
+    fn tanh(self) -> Self;
+    fn erf(self) -> Self;
+}
+
+impl Real for f32 {
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    fn ln_1p(self) -> Self {
+        self.ln_1p()
+    }
+    fn tanh(self) -> Self {
+        self.tanh()
+    }
+    fn erf(self) -> Self {
+        libm::erff(self)
+    }
+}
+
+impl Real for f64 {
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    fn ln_1p(self) -> Self {
+        self.ln_1p()
+    }
+    fn tanh(self) -> Self {
+        self.tanh()
+    }
+    fn erf(self) -> Self {
+        libm::erf(self)
+    }
+}
+
+/// Runs the body with the type alias bound to the element type of a CPU storage.
+macro_rules! by_float {
+    ($storage:expr, $op:expr, $t:ident => $body:expr) => {
+        match $storage {
+            candle_core::CpuStorage::F32(_) => {
+                type $t = f32;
+                $body
+            }
+            candle_core::CpuStorage::F64(_) => {
+                type $t = f64;
+                $body
+            }
+            _ => candle_core::bail!("{}: the CPU kernel takes f32 or f64 tensors", $op),
+        }
+    };
+}
+pub(crate) use by_float;
+
+/// Whether the CPU kernels take this tensor as it is.
+pub(crate) fn native(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64)
+}
+
+/// Whether this tensor has to be widened first, because the CPU computes in `f32` at least.
+pub(crate) fn half_on_cpu(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
+/// The elements of a contiguous storage.
+pub(crate) fn slice<'a, T: WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    op: &str,
+) -> Result<&'a [T]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{op}: the CPU kernel takes contiguous tensors")
+    };
+    Ok(&T::cpu_storage_as_slice(storage)?[start..end])
+}
+
+/// A new storage of `n` zeros handed to `fill`.
+pub(crate) fn filled<T: WithDType>(n: usize, fill: impl FnOnce(&mut [T])) -> CpuStorage {
+    let mut out = vec![T::zero(); n];
+    fill(&mut out);
+    T::to_cpu_storage_owned(out)
+}
+
+/// How many elements one task of an elementwise loop handles.
+pub(crate) const CHUNK: usize = 8192;
+
+const LANES: usize = 16;
+
+/// Σ f(xᵢ, yᵢ) in a fixed order: sixteen partial sums, which is what a vector unit can keep busy.
+pub(crate) fn sum2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let rest = xs.remainder().iter().zip(ys.remainder());
+    for (a, b) in xs.clone().zip(ys.clone()) {
+        for k in 0..LANES {
+            lanes[k] += f(a[k], b[k]);
+        }
+    }
+    for (k, (a, b)) in rest.enumerate() {
+        lanes[k] += f(*a, *b);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for k in 0..width {
+            let other = lanes[k + width];
+            lanes[k] += other;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Σ f(xᵢ), in the order of [`sum2`].
+pub(crate) fn sum1<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
+    sum2(x, x, |a, _| f(a))
+}
