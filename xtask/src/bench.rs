@@ -85,11 +85,30 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for domain in choose(&known(&root)?, &args.domains)? {
         let start = SystemTime::now();
         let mut command = shell::cargo(&root, "bench");
-        command.args(["-p", "diffusion-benches", "--bench", &domain, "--", "--noplot"]);
+        command.args([
+            "-p",
+            "diffusion-benches",
+            "--bench",
+            &domain,
+            "--",
+            "--noplot",
+        ]);
         let status = shell::status(&mut command)?;
-        ensure!(status.success(), "`{}` ended with {status}", shell::shown(&command));
-        let found = collect(&shell::target(&root).join("criterion"), &domain, threads, start)?;
-        ensure!(!found.is_empty(), "{domain}: the bench ran but left no estimates");
+        ensure!(
+            status.success(),
+            "`{}` ended with {status}",
+            shell::shown(&command)
+        );
+        let found = collect(
+            &shell::target(&root).join("criterion"),
+            &domain,
+            threads,
+            start,
+        )?;
+        ensure!(
+            !found.is_empty(),
+            "{domain}: the bench ran but left no estimates"
+        );
         rows.extend(found);
     }
     println!("{}", table(&rows));
@@ -107,7 +126,10 @@ fn known(root: &Path) -> Result<Vec<String>> {
     for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "rs") {
-            names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+            names.extend(
+                path.file_stem()
+                    .map(|stem| stem.to_string_lossy().into_owned()),
+            );
         }
     }
     names.sort();
@@ -118,14 +140,18 @@ fn choose(known: &[String], names: &[String]) -> Result<Vec<String>> {
     if let Some(name) = names.iter().find(|name| !known.contains(name)) {
         bail!("unknown domain `{name}`; known: {}", known.join(", "));
     }
-    Ok(if names.is_empty() { known.to_vec() } else { names.to_vec() })
+    Ok(if names.is_empty() {
+        known.to_vec()
+    } else {
+        names.to_vec()
+    })
 }
 
 fn threads(variable: Option<&str>) -> Result<usize> {
     match variable {
-        None | Some("" | "0") => {
-            Ok(std::thread::available_parallelism().context("number of cores")?.get())
-        }
+        None | Some("" | "0") => Ok(std::thread::available_parallelism()
+            .context("number of cores")?
+            .get()),
         Some(text) => text
             .parse()
             .with_context(|| format!("RAYON_NUM_THREADS: `{text}`; expected a whole number")),
@@ -141,8 +167,7 @@ fn collect(folder: &Path, domain: &str, threads: usize, start: SystemTime) -> Re
             let path = entry?.path();
             if path.is_dir() {
                 open.push(path);
-            } else if path.ends_with("new/estimates.json")
-                && path.metadata()?.modified()? >= start
+            } else if path.ends_with("new/estimates.json") && path.metadata()?.modified()? >= start
             {
                 let name = path.with_file_name("benchmark.json");
                 let read = |path: &Path| {
@@ -178,7 +203,12 @@ fn row(domain: &str, threads: usize, benchmark: &str, estimates: &str) -> Result
 }
 
 fn table(rows: &[Row]) -> String {
-    let width = rows.iter().map(|row| row.case.chars().count()).max().unwrap_or(0).max(4);
+    let width = rows
+        .iter()
+        .map(|row| row.case.chars().count())
+        .max()
+        .unwrap_or(0)
+        .max(4);
     let mut lines = vec![format!(
         "{:<10} {:<width$} {:>7} {:>12} {:>10}",
         "domain", "case", "threads", "median ms", "± MAD"
@@ -207,7 +237,10 @@ mod tests {
     #[test]
     fn estimates_become_milliseconds() {
         let row = row("images", 2, BENCHMARK, ESTIMATES).unwrap();
-        assert_eq!((row.case.as_str(), row.ours_ms, row.ours_mad_ms), ("unet2d/forward/8x8", 2.5, 0.05));
+        assert_eq!(
+            (row.case.as_str(), row.ours_ms, row.ours_mad_ms),
+            ("unet2d/forward/8x8", 2.5, 0.05)
+        );
         let json = serde_json::to_value(&row).unwrap();
         assert!(json["peer_ms"].is_null() && json["ratio"].is_null());
         assert!(table(&[row]).contains("unet2d/forward/8x8       2       2.5000     0.0500"));
@@ -224,7 +257,10 @@ mod tests {
         }
         let before = SystemTime::now() - std::time::Duration::from_secs(60);
         let after = SystemTime::now() + std::time::Duration::from_secs(60);
-        assert_eq!(collect(folder.path(), "images", 1, before).unwrap().len(), 1);
+        assert_eq!(
+            collect(folder.path(), "images", 1, before).unwrap().len(),
+            1
+        );
         assert_eq!(collect(folder.path(), "images", 1, after).unwrap().len(), 0);
     }
 
@@ -232,14 +268,21 @@ mod tests {
     fn threads_come_from_the_environment() {
         assert_eq!(threads(Some("3")).unwrap(), 3);
         assert!(threads(None).unwrap() >= 1 && threads(Some("0")).unwrap() >= 1);
-        assert!(threads(Some("many")).unwrap_err().to_string().contains("`many`"));
+        assert!(
+            threads(Some("many"))
+                .unwrap_err()
+                .to_string()
+                .contains("`many`")
+        );
     }
 
     #[test]
     fn unknown_domains_are_named() {
         let known = ["images".to_owned()];
         assert_eq!(choose(&known, &[]).unwrap(), known);
-        let message = choose(&known, &["video".to_owned()]).unwrap_err().to_string();
+        let message = choose(&known, &["video".to_owned()])
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("`video`") && message.contains("images"));
     }
 }

@@ -34,7 +34,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     // Read first: a page without the command should not cost a build to discover.
     let tests = test_commands(&root)?;
 
-    step("fmt", || succeed(shell::cargo(&root, "fmt").args(["--all", "--check"])))?;
+    step("fmt", || {
+        succeed(shell::cargo(&root, "fmt").args(["--all", "--check"]))
+    })?;
     step("clippy", || {
         succeed(shell::cargo(&root, "clippy").args([
             "--workspace",
@@ -66,7 +68,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 let [_, subcommand, rest @ ..] = words.as_slice() else {
                     bail!("README.md: `{}` is no cargo command", words.join(" "));
                 };
-                succeed(shell::cargo(&root, subcommand).args(rest).current_dir(&root))
+                succeed(
+                    shell::cargo(&root, subcommand)
+                        .args(rest)
+                        .current_dir(&root),
+                )
             })?;
         }
     }
@@ -86,7 +92,11 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
 
 fn succeed(command: &mut Command) -> Result<()> {
     let status = shell::status(command)?;
-    ensure!(status.success(), "`{}` ended with {status}", shell::shown(command));
+    ensure!(
+        status.success(),
+        "`{}` ended with {status}",
+        shell::shown(command)
+    );
     Ok(())
 }
 
@@ -114,7 +124,10 @@ fn parse(readme: &str) -> Result<Vec<Vec<String>>> {
     for line in lines {
         let line = line.trim();
         if line.starts_with("```") {
-            ensure!(!commands.is_empty(), "README.md: the block after `{MARK}` holds no command");
+            ensure!(
+                !commands.is_empty(),
+                "README.md: the block after `{MARK}` holds no command"
+            );
             return Ok(commands);
         }
         if line.is_empty() || line.starts_with('#') {
@@ -143,11 +156,20 @@ mod tests {
     fn what_is_not_a_command_is_refused() {
         for (readme, part) in [
             ("cargo test", "no line"),
-            ("<!-- ci:test -->\ncargo test", "expected a fenced code block"),
+            (
+                "<!-- ci:test -->\ncargo test",
+                "expected a fenced code block",
+            ),
             ("<!-- ci:test -->\n```\n```", "holds no command"),
             ("<!-- ci:test -->\n```\ncargo test", "has no end"),
-            ("<!-- ci:test -->\n```\nmake test\n```", "plain cargo command"),
-            ("<!-- ci:test -->\n```\ncargo test | tail\n```", "plain cargo command"),
+            (
+                "<!-- ci:test -->\n```\nmake test\n```",
+                "plain cargo command",
+            ),
+            (
+                "<!-- ci:test -->\n```\ncargo test | tail\n```",
+                "plain cargo command",
+            ),
         ] {
             let message = parse(readme).unwrap_err().to_string();
             assert!(message.contains(part), "{readme:?}: {message}");

@@ -29,6 +29,11 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let mut command = shell::cargo(&shell::root()?, "run");
     command.args(["--quiet", "-p", "diffusion-tests", "--bin", "crash", "--"]);
-    command.args(["--kills", &args.kills.to_string(), "--seed", &args.seed.to_string()]);
+    command.args([
+        "--kills",
+        &args.kills.to_string(),
+        "--seed",
+        &args.seed.to_string(),
+    ]);
     Ok(shell::exit_code(shell::status(&mut command)?))
 }

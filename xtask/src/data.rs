@@ -75,7 +75,10 @@ fn verify(data: &Path) -> Result<Vec<String>> {
     for entry in &manifest.files {
         let name = &entry.path;
         let mut find = |what: String| findings.push(format!("data/{name}: {what}"));
-        if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
+        if !Path::new(name)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+        {
             find("listed with a path that leaves data/; use a relative path".to_owned());
             continue;
         }
@@ -95,17 +98,25 @@ fn verify(data: &Path) -> Result<Vec<String>> {
         let bytes = match std::fs::read(data.join(name)) {
             Ok(bytes) => bytes,
             Err(error) => {
-                find(format!("{error}; restore the file or drop its entry in manifest.json"));
+                find(format!(
+                    "{error}; restore the file or drop its entry in manifest.json"
+                ));
                 continue;
             }
         };
         let length = bytes.len() as u64;
         if length != entry.bytes {
-            find(format!("{length} bytes, manifest.json says {}; restore the file", entry.bytes));
+            find(format!(
+                "{length} bytes, manifest.json says {}; restore the file",
+                entry.bytes
+            ));
         }
         let hash = sha256(&bytes);
         if hash != entry.sha256 {
-            find(format!("sha256 {hash}, manifest.json says {}; restore the file", entry.sha256));
+            find(format!(
+                "sha256 {hash}, manifest.json says {}; restore the file",
+                entry.sha256
+            ));
         }
     }
 
@@ -138,11 +149,13 @@ fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) -> Result<()> {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    Sha256::digest(bytes)
+        .iter()
+        .fold(String::with_capacity(64), |mut hex, byte| {
+            // Writing to a string cannot fail.
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        })
 }
 
 #[cfg(test)]
@@ -167,7 +180,8 @@ mod tests {
     #[test]
     fn every_kind_of_difference_is_found() {
         let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
         let entry = |path: &str, bytes: u64, hash: &str| {
             format!(
                 r#"{{"path":"{path}","bytes":{bytes},"sha256":"{hash}","source":"s","version":"1",
@@ -178,9 +192,16 @@ mod tests {
         write("a.txt", "abd");
         write("long.txt", "abcd");
         write("extra.txt", "");
-        let entries =
-            [entry("a.txt", 3, abc), entry("long.txt", 3, abc), entry("gone", 1, "00"), entry("../up", 1, "00")];
-        write("manifest.json", &format!(r#"{{"files":[{}]}}"#, entries.join(",")));
+        let entries = [
+            entry("a.txt", 3, abc),
+            entry("long.txt", 3, abc),
+            entry("gone", 1, "00"),
+            entry("../up", 1, "00"),
+        ];
+        write(
+            "manifest.json",
+            &format!(r#"{{"files":[{}]}}"#, entries.join(",")),
+        );
         write("README.md", &format!("`a.txt` {abc}"));
         let findings = verify(folder.path()).unwrap().join("\n");
         for part in [

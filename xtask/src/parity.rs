@@ -33,7 +33,9 @@ pub struct Args {
 /// Builds the runner and passes everything on to it.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let mut command = shell::cargo(&shell::root()?, "run");
-    command.args(["--quiet", "-p", "diffusion-tests", "--bin", "parity", "--"]).args(&args.folders);
+    command
+        .args(["--quiet", "-p", "diffusion-tests", "--bin", "parity", "--"])
+        .args(&args.folders);
     if let Some(json) = &args.json {
         command.arg("--json").arg(json);
     }

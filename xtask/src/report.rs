@@ -105,7 +105,11 @@ pub fn read(path: &Path, section: &str) -> Result<Results> {
         path.display(),
         results.section
     );
-    ensure!(!results.rows.is_empty(), "{}: no rows; the example measured nothing", path.display());
+    ensure!(
+        !results.rows.is_empty(),
+        "{}: no rows; the example measured nothing",
+        path.display()
+    );
     Ok(results)
 }
 
@@ -134,9 +138,12 @@ fn render(parts: &[Part]) -> Result<String> {
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::Html);
     environment.add_filter("number", number);
     environment.add_filter("duration", duration);
-    let template =
-        environment.template_from_str(include_str!("report.html")).context("report.html")?;
-    template.render(minijinja::context! { parts }).context("report.html")
+    let template = environment
+        .template_from_str(include_str!("report.html"))
+        .context("report.html")?;
+    template
+        .render(minijinja::context! { parts })
+        .context("report.html")
 }
 
 fn part(results: Results, folder: &Path) -> Result<Part> {
@@ -144,8 +151,10 @@ fn part(results: Results, folder: &Path) -> Result<Part> {
         Some(figures) => figures,
         None => pictures_in(folder)?,
     };
-    let pictures =
-        figures.into_iter().map(|figure| picture(folder, figure)).collect::<Result<_>>()?;
+    let pictures = figures
+        .into_iter()
+        .map(|figure| picture(folder, figure))
+        .collect::<Result<_>>()?;
     Ok(Part {
         section: results.section,
         preset: results.preset,
@@ -171,13 +180,22 @@ fn group(rows: Vec<Row>) -> Vec<Group> {
             });
             groups.len() - 1
         });
-        let beats = row.baseline.as_ref().map(|base| wins(row.better, row.value, base.value));
-        groups[place].rows.push(Shown { row, best: false, beats });
+        let beats = row
+            .baseline
+            .as_ref()
+            .map(|base| wins(row.better, row.value, base.value));
+        groups[place].rows.push(Shown {
+            row,
+            best: false,
+            beats,
+        });
     }
     for group in &mut groups {
-        let best = group.rows.iter().map(|shown| shown.row.value).reduce(|a, b| {
-            if wins(group.better, b, a) { b } else { a }
-        });
+        let best = group
+            .rows
+            .iter()
+            .map(|shown| shown.row.value)
+            .reduce(|a, b| if wins(group.better, b, a) { b } else { a });
         for shown in &mut group.rows {
             shown.best = Some(shown.row.value) == best;
         }
@@ -204,7 +222,10 @@ fn pictures_in(folder: &Path) -> Result<Vec<Figure>> {
     names.sort();
     Ok(names
         .into_iter()
-        .map(|file| Figure { caption: file[..file.len() - 4].replace(['-', '_'], " "), file })
+        .map(|file| Figure {
+            caption: file[..file.len() - 4].replace(['-', '_'], " "),
+            file,
+        })
         .collect())
 }
 
@@ -218,7 +239,10 @@ fn picture(folder: &Path, figure: Figure) -> Result<Picture> {
     };
     let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
     let text = base64::engine::general_purpose::STANDARD.encode(bytes);
-    Ok(Picture { uri: format!("data:{media};base64,{text}"), caption: figure.caption })
+    Ok(Picture {
+        uri: format!("data:{media};base64,{text}"),
+        caption: figure.caption,
+    })
 }
 
 /// Four significant digits, without an exponent where the number is of everyday size.
@@ -285,7 +309,12 @@ mod tests {
         let groups = group(results.rows);
         let marks: Vec<Vec<(&str, bool, Option<bool>)>> = groups
             .iter()
-            .map(|g| g.rows.iter().map(|r| (r.row.system.as_str(), r.best, r.beats)).collect())
+            .map(|g| {
+                g.rows
+                    .iter()
+                    .map(|r| (r.row.system.as_str(), r.best, r.beats))
+                    .collect()
+            })
             .collect();
         assert_eq!(
             marks,
@@ -321,7 +350,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("results.json");
         std::fs::write(&path, RESULTS).unwrap();
-        assert!(read(&path, "images").unwrap_err().to_string().contains("expected `images`"));
+        assert!(
+            read(&path, "images")
+                .unwrap_err()
+                .to_string()
+                .contains("expected `images`")
+        );
         std::fs::write(&path, RESULTS.replace("0.0123456", "\"NaN\"")).unwrap();
         assert!(read(&path, "foundations").is_err());
     }

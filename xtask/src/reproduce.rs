@@ -98,15 +98,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// The sections asked for, in the order of the table, each once.
 fn choose(names: &[String]) -> Result<Vec<&'static Section>> {
-    let known = || SECTIONS.iter().map(|section| section.name).collect::<Vec<_>>().join(", ");
+    let known = || {
+        SECTIONS
+            .iter()
+            .map(|section| section.name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     for name in names {
         if SECTIONS.iter().all(|section| section.name != name) {
             bail!("unknown section `{name}`; known: {}", known());
         }
     }
-    let wanted = |section: &&Section| {
-        names.is_empty() || names.iter().any(|name| name == section.name)
-    };
+    let wanted =
+        |section: &&Section| names.is_empty() || names.iter().any(|name| name == section.name);
     Ok(SECTIONS.iter().filter(wanted).collect())
 }
 
@@ -118,7 +123,13 @@ fn run_section(root: &Path, out: &Path, section: &Section, args: &Args) -> Resul
         std::fs::remove_file(&results).with_context(|| results.display().to_string())?;
     }
     let mut command = shell::cargo(root, "run");
-    command.args(["--release", "-p", section.package, "--example", section.example]);
+    command.args([
+        "--release",
+        "-p",
+        section.package,
+        "--example",
+        section.example,
+    ]);
     if !section.features.is_empty() {
         command.arg("--features").arg(section.features.join(","));
     }
@@ -126,7 +137,16 @@ fn run_section(root: &Path, out: &Path, section: &Section, args: &Args) -> Resul
         Preset::Quick => "quick",
         Preset::Paper => "paper",
     };
-    command.args(["--", "--preset", preset, "--seed", &args.seed.to_string(), "--out"]).arg(out);
+    command
+        .args([
+            "--",
+            "--preset",
+            preset,
+            "--seed",
+            &args.seed.to_string(),
+            "--out",
+        ])
+        .arg(out);
     if let Some(device) = &args.device {
         command.args(["--device", device]);
     }
@@ -146,9 +166,18 @@ mod tests {
 
     #[test]
     fn sections_are_chosen_once_and_unknown_ones_named() {
-        let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let names = |list: &[&str]| {
+            list.iter()
+                .map(|name| (*name).to_owned())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(choose(&[]).unwrap().len(), SECTIONS.len());
-        assert_eq!(choose(&names(&["foundations", "foundations"])).unwrap().len(), 1);
+        assert_eq!(
+            choose(&names(&["foundations", "foundations"]))
+                .unwrap()
+                .len(),
+            1
+        );
         let message = choose(&names(&["foundation"])).err().unwrap().to_string();
         assert!(message.contains("`foundation`") && message.contains("known: foundations"));
     }

@@ -11,7 +11,10 @@ pub fn root() -> Result<PathBuf> {
     // The variable is set by `cargo run`; the compile-time value serves a binary started by hand.
     let own = std::env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    let root = own.parent().context("the xtask package has no parent folder")?.to_path_buf();
+    let root = own
+        .parent()
+        .context("the xtask package has no parent folder")?
+        .to_path_buf();
     ensure!(
         root.join("Cargo.toml").is_file(),
         "{}: no Cargo.toml; run this task from inside the repository, as `cargo xtask`",
@@ -34,18 +37,25 @@ pub fn target(root: &Path) -> PathBuf {
 pub fn cargo(root: &Path, subcommand: &str) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(program);
-    command.arg(subcommand).arg("--manifest-path").arg(root.join("Cargo.toml"));
+    command
+        .arg(subcommand)
+        .arg("--manifest-path")
+        .arg(root.join("Cargo.toml"));
     command
 }
 
 /// Runs a command to its end with our own input and output.
 pub fn status(command: &mut Command) -> Result<ExitStatus> {
-    command.status().with_context(|| format!("cannot start {}", shown(command)))
+    command
+        .status()
+        .with_context(|| format!("cannot start {}", shown(command)))
 }
 
 /// Runs a command that must succeed and gives what it printed.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot start {}", shown(command)))?;
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     ensure!(
         output.status.success(),
         "{} failed: {}",
@@ -66,11 +76,14 @@ pub fn exit_code(status: ExitStatus) -> ExitCode {
 /// A command as one would type it, for messages.
 pub fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program());
-    let name = program.file_stem().map_or_else(|| program.display().to_string(), |stem| {
-        stem.to_string_lossy().into_owned()
-    });
+    let name = program.file_stem().map_or_else(
+        || program.display().to_string(),
+        |stem| stem.to_string_lossy().into_owned(),
+    );
     let mut words = vec![name];
-    let mut arguments = command.get_args().map(|argument| argument.to_string_lossy());
+    let mut arguments = command
+        .get_args()
+        .map(|argument| argument.to_string_lossy());
     while let Some(argument) = arguments.next() {
         // Always the same here, and long.
         if argument == "--manifest-path" {

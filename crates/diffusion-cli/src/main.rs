@@ -1,1 +1,104 @@
-fn main() {}
+//! The `diffusion` command.
+
+mod device;
+mod images;
+mod inspect;
+mod interrupt;
+mod progress;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Train, sample and inspect diffusion models.
+#[derive(Parser)]
+#[command(name = "diffusion", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Args, Clone)]
+pub struct Global {
+    /// Seed of everything random: the same seed gives the same bytes.
+    #[arg(long, global = true)]
+    pub seed: Option<u64>,
+    /// Where to compute: cpu, cuda, cuda:1, metal.
+    #[arg(long, global = true, default_value = "cpu")]
+    pub device: String,
+    /// Number of threads; all cores when absent. Does not change results.
+    #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Print the result as JSON on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress on standard error.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Images: train on your own, and make new ones.
+    #[command(subcommand)]
+    Images(images::Command),
+    /// Say what a model folder holds.
+    #[command(after_help = "Example:\n  diffusion inspect digits-model")]
+    Inspect(inspect::Inspect),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Some(code) = device::with_threads(cli.global.threads) {
+        return code;
+    }
+    logging(&cli.global);
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            // A reader that went away (`| head`) is not an error of ours.
+            if is_broken_pipe(&error) {
+                return ExitCode::SUCCESS;
+            }
+            eprintln!("error: {error:#}");
+            interrupt::exit_code().unwrap_or(ExitCode::from(failure_code(&error)))
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        Command::Images(command) => images::run(command, &cli.global),
+        Command::Inspect(command) => inspect::run(&command, &cli.global),
+    }
+}
+
+/// 2 for what the user asked for, 1 for everything else.
+fn failure_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<diffusion_core::Error>() {
+        Some(diffusion_core::Error::Config(_)) => 2,
+        _ => 1,
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|e| e.downcast_ref::<std::io::Error>())
+        .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn logging(global: &Global) {
+    let default = if global.quiet { "error" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("DIFFUSION_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}

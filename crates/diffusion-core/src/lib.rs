@@ -50,6 +50,7 @@ pub mod loss;
 pub mod noise;
 pub mod oracle;
 pub mod predict;
+pub mod report;
 pub mod sample;
 pub mod schedule;
 pub mod sde;

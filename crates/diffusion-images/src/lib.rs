@@ -1,8 +1,37 @@
-//! Placeholder.
+//! Images from noise: data, training, sampling and metrics.
+//!
+//! ```no_run
+//! use diffusion_images::{data, model::ImageModel, preset, run};
+//! use candle_core::Device;
+//! use diffusion_core::train::{Cancel, Quiet};
+//!
+//! # fn main() -> diffusion_core::Result<()> {
+//! let digits = data::splits("digits", &data::Options::default())?.train;
+//! let config = preset::preset("small", &digits)?;
+//! let out = std::path::Path::new("digits-model");
+//! run::train(&config, &digits, out, false, &Device::Cpu, &mut Quiet, &Cancel::new())?;
+//! let model = ImageModel::open(out, &Device::Cpu)?;
+//! # Ok(())
+//! # }
+//! ```
 
+pub mod config;
 pub mod data;
 #[cfg(feature = "figures")]
 pub mod figure;
 pub mod grid;
 pub mod metric;
+pub mod model;
 pub mod picture;
+pub mod preset;
+pub mod run;
+pub mod train;
+
+/// An error of the network crate as one of the core's.
+pub fn from_nn(error: diffusion_nn::Error) -> diffusion_core::Error {
+    use diffusion_core::{Error, Report};
+    match error {
+        diffusion_nn::Error::Candle(error) => Error::Tensor(error),
+        other => Error::Input(Report::new("network", other)),
+    }
+}

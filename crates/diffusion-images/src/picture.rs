@@ -243,15 +243,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
                 .config(),
         );
     }
-    let failed = |error: std::io::Error| {
-        let remedy = match error.kind() {
-            std::io::ErrorKind::StorageFull => "free some space on that disk",
-            _ => "write to a folder that allows it",
-        };
-        Report::file(path, format!("cannot be written ({error})"))
-            .remedy(remedy)
-            .config()
-    };
+    let failed = |error: std::io::Error| unwritable(path, &error);
     let mut builder = tempfile::Builder::new();
     builder.prefix(".tmp-");
     // Readable by others as any new file is, not by the owner alone as temporary files are.
@@ -262,6 +254,16 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     Ok(())
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> Error {
+    let remedy = match error.kind() {
+        std::io::ErrorKind::StorageFull => "free some space on that disk",
+        _ => "write to a folder that allows it",
+    };
+    Report::file(path, format!("cannot be written ({error})"))
+        .remedy(remedy)
+        .config()
 }
 
 #[cfg(test)]
@@ -352,18 +354,19 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_reported_and_the_old_file_kept() {
+    fn a_full_disk_and_a_forbidden_folder_are_told_apart() {
         // Every write to this device fails with "no space left".
-        let full = Path::new("/dev/full");
-        if !full.exists() {
-            return;
-        }
-        let error = std::fs::OpenOptions::new()
+        let mut full = std::fs::OpenOptions::new()
             .write(true)
-            .open(full)
-            .unwrap()
-            .write_all(b"x");
-        assert_eq!(error.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+            .open("/dev/full")
+            .unwrap();
+        let error = full.write_all(b"x").unwrap_err();
+        let message = unwritable(Path::new("out/a.png"), &error).to_string();
+        assert!(
+            message.contains("out/a.png") && message.contains("free some space"),
+            "{message}"
+        );
+        // This folder exists and nothing can be created in it, not even by the superuser.
         let message = write_file(Path::new("/proc/a.png"), b"x")
             .unwrap_err()
             .to_string();
@@ -371,5 +374,29 @@ mod tests {
             message.contains("/proc/a.png: cannot be written"),
             "{message}"
         );
+        assert!(message.contains("a folder that allows it"), "{message}");
+    }
+
+    #[test]
+    fn an_old_file_is_replaced_whole_or_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        write_file(&path, b"old").unwrap();
+        write_file(&path, b"new, and longer").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new, and longer");
+        let grey = Picture::filled(1, 1, 1, 0).unwrap();
+        assert!(
+            grey.write_png(&path, &[(String::new(), String::new())])
+                .is_err()
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"new, and longer");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let other = folder.path().join("other");
+            std::fs::write(&other, b"").unwrap();
+            let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode(&path), mode(&other), "as readable as any new file");
+        }
     }
 }

@@ -166,11 +166,8 @@ fn forward<T: Real>(norm: &Norm, x: &[T], gamma: &[T], beta: &[T], out: &mut [T]
             let lines = out.chunks_exact_mut(inner).zip(x.chunks_exact(inner));
             for (c, (out, x)) in lines.enumerate() {
                 let scale = rstd * gamma[c];
-                let shift = beta[c] - mean * scale;
-                // (x − μ)·scale + β keeps the digits that x·scale + shift would lose.
-                let centred = shift + mean * scale;
                 for (o, v) in out.iter_mut().zip(x) {
-                    *o = (*v - mean) * scale + centred;
+                    *o = (*v - mean) * scale + beta[c];
                 }
             }
         });

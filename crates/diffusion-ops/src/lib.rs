@@ -40,3 +40,8 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use resample::{avg_pool2d, fir_resample2d, upsample_nearest2d};
 pub use softmax::softmax;
+
+/// The examples of the README, compiled and run with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;

@@ -21,9 +21,6 @@ pub struct Member {
 /// Packages that are for programs, not for libraries that others build on.
 const PROGRAMS_ONLY: [&str; 3] = ["anyhow", "clap", "indicatif"];
 
-/// Dependencies that are named only for a feature or by a derive of another one.
-const SILENT: [&str; 0] = [];
-
 impl Member {
     fn is_library(&self) -> bool {
         self.folder.starts_with("crates/") && self.name != "diffusion-cli"
@@ -36,9 +33,13 @@ impl Member {
             tables.extend(targets.values().filter_map(toml::Value::as_table));
         }
         let sections = tables.into_iter().flat_map(|table| {
-            kinds.iter().filter_map(|kind| table.get(*kind).and_then(toml::Value::as_table))
+            kinds
+                .iter()
+                .filter_map(|kind| table.get(*kind).and_then(toml::Value::as_table))
         });
-        sections.flat_map(|section| section.keys().map(String::as_str)).collect()
+        sections
+            .flat_map(|section| section.keys().map(String::as_str))
+            .collect()
     }
 }
 
@@ -46,8 +47,10 @@ const KINDS: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencie
 
 /// All packages, sorted by folder.
 pub fn members(root: &Path) -> Result<Vec<Member>> {
-    let mut folders: Vec<String> =
-        ["benches", "tests", "xtask"].iter().map(|name| (*name).to_owned()).collect();
+    let mut folders: Vec<String> = ["benches", "tests", "xtask"]
+        .iter()
+        .map(|name| (*name).to_owned())
+        .collect();
     let crates = root.join("crates");
     for entry in std::fs::read_dir(&crates).with_context(|| crates.display().to_string())? {
         folders.push(format!("crates/{}", entry?.file_name().to_string_lossy()));
@@ -55,14 +58,20 @@ pub fn members(root: &Path) -> Result<Vec<Member>> {
     folders.sort();
     let read = |folder: String| {
         let manifest = format!("{folder}/Cargo.toml");
-        let text = std::fs::read_to_string(root.join(&manifest)).with_context(|| manifest.clone())?;
+        let text =
+            std::fs::read_to_string(root.join(&manifest)).with_context(|| manifest.clone())?;
         let table: toml::Table = text.parse().with_context(|| manifest.clone())?;
         let name = table
             .get("package")
             .and_then(|package| package.get("name"))
             .and_then(toml::Value::as_str)
             .with_context(|| format!("{manifest}: no package.name"))?;
-        Ok(Member { name: name.to_owned(), folder, manifest, table: table.clone() })
+        Ok(Member {
+            name: name.to_owned(),
+            folder,
+            manifest,
+            table: table.clone(),
+        })
     };
     folders.into_iter().map(read).collect()
 }
@@ -82,8 +91,13 @@ pub fn check(root: &Path, members: &[Member], texts: &[Text]) -> Result<Vec<Find
         .and_then(toml::Value::as_table)
         .context("Cargo.toml: no [workspace.dependencies]")?;
     for name in listed.keys() {
-        if !members.iter().any(|member| member.dependencies(&KINDS).contains(&name.as_str())) {
-            let line = text.lines().position(|line| line.starts_with(&format!("{name} =")));
+        if !members
+            .iter()
+            .any(|member| member.dependencies(&KINDS).contains(&name.as_str()))
+        {
+            let line = text
+                .lines()
+                .position(|line| line.starts_with(&format!("{name} =")));
             findings.push(Finding::new(
                 "Cargo.toml",
                 line.map_or(0, |line| line + 1),
@@ -103,11 +117,19 @@ fn check_member(root: &Path, member: &Member, texts: &[Text]) -> Vec<Finding> {
         .and_then(|lints| lints.get("workspace"))
         .and_then(toml::Value::as_bool);
     if inherits != Some(true) {
-        find(&member.manifest, "does not inherit the lints, add `[lints]` `workspace = true`".into());
+        find(
+            &member.manifest,
+            "does not inherit the lints, add `[lints]` `workspace = true`".into(),
+        );
     }
-    if member.folder.starts_with("crates/") && !root.join(&member.folder).join("README.md").is_file() {
+    if member.folder.starts_with("crates/")
+        && !root.join(&member.folder).join("README.md").is_file()
+    {
         let file = format!("{}/README.md", member.folder);
-        find(&file, "missing, say what the crate is for and show its smallest use".into());
+        find(
+            &file,
+            "missing, say what the crate is for and show its smallest use".into(),
+        );
     }
     if member.is_library() {
         for name in member.dependencies(&["dependencies"]) {
@@ -124,8 +146,9 @@ fn check_member(root: &Path, member: &Member, texts: &[Text]) -> Vec<Finding> {
             .iter()
             .filter(|text| text.is_rust() && text.path.starts_with(&prefix))
             .any(|text| contains_word(&text.text, &word));
-        if !used && !SILENT.contains(&name) {
-            let what = format!("no source of this package names the dependency `{name}`, remove it");
+        if !used {
+            let what =
+                format!("no source of this package names the dependency `{name}`, remove it");
             find(&member.manifest, what);
         }
     }
@@ -161,16 +184,22 @@ mod tests {
         };
         assert_eq!(member.dependencies(&KINDS), ["clap", "unused-one", "libc"]);
         let text = "use clap::Parser;\nuse libc::c_int;".to_owned();
-        let texts = [Text { path: "crates/diffusion-x/src/lib.rs".to_owned(), text }];
+        let texts = [Text {
+            path: "crates/diffusion-x/src/lib.rs".to_owned(),
+            text,
+        }];
         let folder = tempfile::tempdir().unwrap();
         let findings: Vec<String> = check_member(folder.path(), &member, &texts)
             .iter()
             .map(ToString::to_string)
             .collect();
         assert_eq!(findings.len(), 4, "{findings:#?}");
-        for (finding, part) in
-            findings.iter().zip(["inherit the lints", "README.md: missing", "`clap` in a library", "`unused-one`"])
-        {
+        for (finding, part) in findings.iter().zip([
+            "inherit the lints",
+            "README.md: missing",
+            "`clap` in a library",
+            "`unused-one`",
+        ]) {
             assert!(finding.contains(part), "{finding}");
         }
     }

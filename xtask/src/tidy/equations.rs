@@ -20,10 +20,11 @@ const SECTIONS: &[(&str, usize)] = &[
     ("N9", 2),
     ("N10", 1),
     ("N11", 2),
-    ("F1", 14),
-    ("F2", 10),
+    ("F1", 12),
+    ("F2", 13),
     ("F3", 10),
-    ("F4", 8),
+    ("F4", 9),
+    ("F5", 5),
 ];
 
 /// A row of one of the tables.
@@ -47,7 +48,11 @@ pub fn check(root: &Path, texts: &[Text]) -> Vec<Finding> {
                 .map(|text| text.text.clone())
                 .or_else(|| std::fs::read_to_string(root.join(path)).ok())
         }),
-        None => vec![Finding::new(FILE, 0, "missing, it maps formulas to code and tests")],
+        None => vec![Finding::new(
+            FILE,
+            0,
+            "missing, it maps formulas to code and tests",
+        )],
     }
 }
 
@@ -56,7 +61,11 @@ fn rows(text: &str) -> (Vec<Row<'_>>, Vec<Finding>) {
     let (mut rows, mut findings) = (Vec::new(), Vec::new());
     for (index, line) in text.lines().enumerate() {
         let line_number = index + 1;
-        let Some(inner) = line.trim().strip_prefix('|').and_then(|line| line.strip_suffix('|')) else {
+        let Some(inner) = line
+            .trim()
+            .strip_prefix('|')
+            .and_then(|line| line.strip_suffix('|'))
+        else {
             continue;
         };
         let cells: Vec<&str> = inner.split('|').map(str::trim).collect();
@@ -78,7 +87,14 @@ fn rows(text: &str) -> (Vec<Row<'_>>, Vec<Finding>) {
             findings.push(Finding::new(FILE, line_number, what));
             continue;
         };
-        rows.push(Row { line: line_number, label, formula, code, test, state });
+        rows.push(Row {
+            line: line_number,
+            label,
+            formula,
+            code,
+            test,
+            state,
+        });
     }
     (rows, findings)
 }
@@ -107,9 +123,17 @@ fn judge(
     }
     for row in &rows {
         let mut find = |what: String| {
-            findings.push(Finding::new(FILE, row.line, format!("{}: {what}", row.label)));
+            findings.push(Finding::new(
+                FILE,
+                row.line,
+                format!("{}: {what}", row.label),
+            ));
         };
-        if row.label.split_once('.').is_none_or(|(name, _)| sections.iter().all(|s| s.0 != name)) {
+        if row
+            .label
+            .split_once('.')
+            .is_none_or(|(name, _)| sections.iter().all(|s| s.0 != name))
+        {
             find("belongs to no known section, add it to xtask/src/tidy/equations.rs".to_owned());
         }
         if row.formula.is_empty() {
@@ -137,7 +161,9 @@ fn judge(
                     }
                 }
             }
-            other => find(format!("has the state `{other}`, expected `done` or `open`")),
+            other => find(format!(
+                "has the state `{other}`, expected `done` or `open`"
+            )),
         }
     }
     findings
@@ -162,13 +188,23 @@ pub fn resolve(
     let Some(text) = read(&path) else {
         return Err(format!("`{path}` does not exist, correct the path"));
     };
-    let exists = if test { has_test(&text, item) } else { has_item(&text, item) };
+    let exists = if test {
+        has_test(&text, item)
+    } else {
+        has_item(&text, item)
+    };
     let kind = if test { "#[test] fn" } else { "item" };
-    if exists { Ok(()) } else { Err(format!("`{path}` has no {kind} `{item}`, correct the name")) }
+    if exists {
+        Ok(())
+    } else {
+        Err(format!("`{path}` has no {kind} `{item}`, correct the name"))
+    }
 }
 
 /// What can stand before the name of an item.
-const KEYWORDS: [&str; 8] = ["fn", "struct", "enum", "trait", "const", "static", "type", "mod"];
+const KEYWORDS: [&str; 8] = [
+    "fn", "struct", "enum", "trait", "const", "static", "type", "mod",
+];
 
 fn has_item(text: &str, item: &str) -> bool {
     text.lines().any(|line| declares(line, item, &KEYWORDS))
@@ -193,11 +229,15 @@ fn declares(line: &str, item: &str, keywords: &[&str]) -> bool {
     if line.starts_with("//") {
         return false;
     }
-    let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
-    while let Some(word) = words.next() {
-        if keywords.contains(&word) && words.next() == Some(item) {
-            return true;
-        }
+    let words: Vec<&str> = line
+        .split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|word| !word.is_empty())
+        .collect();
+    if words
+        .windows(2)
+        .any(|pair| keywords.contains(&pair[0]) && pair[1] == item)
+    {
+        return true;
     }
     // A variant of an enum stands alone on its line.
     keywords.contains(&"enum")
@@ -249,15 +289,36 @@ mod tests {
         for (row, part) in [
             ("| N1.1 | x | y | open |", "has 4 cells"),
             ("| N1.1 | | diffusion-core | – | open |", "has no formula"),
-            ("| N1.1 | x | `a/vp.rs::Vp` | – | open |", "is open but names code"),
+            (
+                "| N1.1 | x | `a/vp.rs::Vp` | – | open |",
+                "is open but names code",
+            ),
             ("| N1.1 | x | soon | – | open |", "name the crate"),
             ("| N1.1 | x | `a/vp.rs::Vp` | – | done |", "names no test"),
-            ("| N1.1 | x | `a/vp.rs::No` | `a/vp.rs::law` | done |", "has no item `No`"),
-            ("| N1.1 | x | `a/vp.rs::Vp` | `a/vp.rs::helper` | done |", "no #[test] fn `helper`"),
-            ("| N1.1 | x | `b.rs::Vp` | `a/vp.rs::law` | done |", "`b.rs` does not exist"),
-            ("| N1.1 | x | diffusion-core | – | later |", "has the state `later`"),
-            ("| N1.2 | x | diffusion-core | – | open |", "expected 1 to 1 in order"),
-            ("| N2.1 | x | diffusion-core | – | open |", "belongs to no known section"),
+            (
+                "| N1.1 | x | `a/vp.rs::No` | `a/vp.rs::law` | done |",
+                "has no item `No`",
+            ),
+            (
+                "| N1.1 | x | `a/vp.rs::Vp` | `a/vp.rs::helper` | done |",
+                "no #[test] fn `helper`",
+            ),
+            (
+                "| N1.1 | x | `b.rs::Vp` | `a/vp.rs::law` | done |",
+                "`b.rs` does not exist",
+            ),
+            (
+                "| N1.1 | x | diffusion-core | – | later |",
+                "has the state `later`",
+            ),
+            (
+                "| N1.2 | x | diffusion-core | – | open |",
+                "expected 1 to 1 in order",
+            ),
+            (
+                "| N2.1 | x | diffusion-core | – | open |",
+                "belongs to no known section",
+            ),
         ] {
             let findings = judge(row, &[("N1", 1)], &read);
             assert!(

@@ -5,8 +5,11 @@ use super::source::Text;
 
 /// A module may use those of its own floor and of the floors below. Adding a module is adding a name.
 const FLOORS: [(u8, &[&str]); 6] = [
-    (0, &["error", "limits", "noise", "tensor"]),
-    (1, &["schedule", "forward", "predict", "checkpoint"]),
+    (0, &["error", "limits", "noise"]),
+    (
+        1,
+        &["tensor", "schedule", "forward", "predict", "checkpoint"],
+    ),
     (2, &["grid", "sde", "denoiser"]),
     (3, &["loss", "sample", "guide", "likelihood", "distill"]),
     (4, &["oracle", "train"]),
@@ -22,7 +25,9 @@ const SOURCES: &str = "crates/diffusion-core/src/";
 pub fn check(texts: &[Text]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for text in texts.iter().filter(|text| text.is_rust()) {
-        let Some(inner) = text.path.strip_prefix(SOURCES) else { continue };
+        let Some(inner) = text.path.strip_prefix(SOURCES) else {
+            continue;
+        };
         let own = inner.split(['/', '.']).next().unwrap_or_default();
         if own == "lib" {
             continue;
@@ -54,7 +59,8 @@ pub fn check(texts: &[Text]) -> Vec<Finding> {
         if !FILES.contains(&own) {
             for (index, line) in code.lines().enumerate() {
                 if line.contains("std::fs") || line.contains("File::") {
-                    let what = format!("`{own}` touches files, leave that to checkpoint or interop");
+                    let what =
+                        format!("`{own}` touches files, leave that to checkpoint or interop");
                     findings.push(Finding::new(&text.path, index + 1, what));
                 }
             }
@@ -64,7 +70,10 @@ pub fn check(texts: &[Text]) -> Vec<Finding> {
 }
 
 fn floor(module: &str) -> Option<u8> {
-    FLOORS.iter().find(|(_, names)| names.contains(&module)).map(|(floor, _)| *floor)
+    FLOORS
+        .iter()
+        .find(|(_, names)| names.contains(&module))
+        .map(|(floor, _)| *floor)
 }
 
 /// The modules that stand right after `crate::`, groups included, each with its line.
@@ -97,11 +106,16 @@ fn used(code: &str) -> Vec<(usize, &str)> {
                 }
             }
         } else {
-            let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+            let end = rest
+                .find(|c: char| !c.is_alphanumeric() && c != '_')
+                .unwrap_or(rest.len());
             found.push((start, &rest[..end]));
         }
     }
-    found.into_iter().map(|(at, name)| (code[..at].matches('\n').count() + 1, name)).collect()
+    found
+        .into_iter()
+        .map(|(at, name)| (code[..at].matches('\n').count() + 1, name))
+        .collect()
 }
 
 #[cfg(test)]
@@ -109,15 +123,28 @@ mod tests {
     use super::*;
 
     fn names(code: &str) -> Vec<&str> {
-        used(code).into_iter().map(|(_, name)| name).filter(|n| floor(n).is_some()).collect()
+        used(code)
+            .into_iter()
+            .map(|(_, name)| name)
+            .filter(|n| floor(n).is_some())
+            .collect()
     }
 
     #[test]
     fn uses_are_found_in_every_form() {
         assert_eq!(names("use crate::schedule::Point;"), ["schedule"]);
-        assert_eq!(names("use crate::{Result, grid::{Grid, train}, sde};"), ["grid", "sde"]);
-        assert_eq!(names("use crate::{\n    error::Error,\n    loss,\n};"), ["error", "loss"]);
-        assert_eq!(names("let x = crate::train::f(crate::predict::g());"), ["train", "predict"]);
+        assert_eq!(
+            names("use crate::{Result, grid::{Grid, train}, sde};"),
+            ["grid", "sde"]
+        );
+        assert_eq!(
+            names("use crate::{\n    error::Error,\n    loss,\n};"),
+            ["error", "loss"]
+        );
+        assert_eq!(
+            names("let x = crate::train::f(crate::predict::g());"),
+            ["train", "predict"]
+        );
         assert!(names("use subcrate::train; $crate::train").is_empty());
     }
 
@@ -128,8 +155,14 @@ mod tests {
             text: text.to_owned(),
         };
         let texts = [
-            file("schedule/vp.rs", "//! x\n\nuse crate::error::Error;\nuse crate::grid::Grid;\n"),
-            file("sample/ddim.rs", "// crate::train\n#[cfg(test)]\nmod tests {\n    use crate::train::T;\n}\n"),
+            file(
+                "schedule/vp.rs",
+                "//! x\n\nuse crate::error::Error;\nuse crate::grid::Grid;\n",
+            ),
+            file(
+                "sample/ddim.rs",
+                "// crate::train\n#[cfg(test)]\nmod tests {\n    use crate::train::T;\n}\n",
+            ),
             file("train/mod.rs", "use crate::sample::S;\nuse std::fs;\n"),
             file("checkpoint/mod.rs", "use std::fs;\n"),
             file("novel.rs", ""),

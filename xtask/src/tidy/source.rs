@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 /// Folders of the repository that are ours; whatever else lies beside them is not looked at.
-const ROOMS: [&str; 7] = [".cargo", ".ci", "benches", "crates", "data", "tests", "xtask"];
+const ROOMS: [&str; 7] = [
+    ".cargo", ".ci", "benches", "crates", "data", "tests", "xtask",
+];
 
 /// What we can read as text.
 const ENDINGS: [&str; 9] = ["rs", "md", "toml", "json", "py", "html", "txt", "sh", "yml"];
@@ -83,7 +85,11 @@ fn lines(text: &str) -> Vec<Line<'_>> {
                 }
             }
         }
-        lines.push(Line { number: index + 1, text, test });
+        lines.push(Line {
+            number: index + 1,
+            text,
+            test,
+        });
     }
     lines
 }
@@ -106,7 +112,10 @@ pub fn texts(root: &Path) -> Result<Vec<Text>> {
 fn walk(path: &Path, name: &str, texts: &mut Vec<Text>) -> Result<()> {
     let at = || path.display().to_string();
     if path.is_dir() {
-        if path.file_name().is_some_and(|last| last == "target" || last == "__pycache__") {
+        if path
+            .file_name()
+            .is_some_and(|last| last == "target" || last == "__pycache__")
+        {
             return Ok(());
         }
         for entry in std::fs::read_dir(path).with_context(at)? {
@@ -119,11 +128,15 @@ fn walk(path: &Path, name: &str, texts: &mut Vec<Text>) -> Result<()> {
     let ending = path.extension().and_then(|ending| ending.to_str());
     let wanted = ending.is_some_and(|ending| ENDINGS.contains(&ending)) || name == ".ci/run";
     // Files that are broken on purpose are not for reading.
-    if !wanted || name.starts_with("tests/bad/") || path.metadata().with_context(at)?.len() > LIMIT {
+    if !wanted || name.starts_with("tests/bad/") || path.metadata().with_context(at)?.len() > LIMIT
+    {
         return Ok(());
     }
     let text = std::fs::read_to_string(path).with_context(at)?;
-    texts.push(Text { path: name.to_owned(), text });
+    texts.push(Text {
+        path: name.to_owned(),
+        text,
+    });
     Ok(())
 }
 
@@ -135,8 +148,10 @@ mod tests {
     fn test_modules_are_marked() {
         let text = "fn a() {}\n#[cfg(test)]\n#[path = \"x\"]\nmod tests {\n    fn b() {\n    }\n}\nfn c() {}\n\
                     #[cfg(test)]\nuse d;\nfn e() {}\n";
-        let marks: String =
-            lines(text).iter().map(|line| if line.test { 't' } else { '.' }).collect();
+        let marks: String = lines(text)
+            .iter()
+            .map(|line| if line.test { 't' } else { '.' })
+            .collect();
         assert_eq!(marks, ".tttttt.tt.");
     }
 }

@@ -13,8 +13,12 @@ const LONG: &[(&str, &str)] = &[];
 const UNFINISHED: [&str; 2] = [concat!("todo", "!("), concat!("unimplemented", "!(")];
 
 /// Beginnings of paths that exist on one machine only.
-const MACHINE: [&str; 4] =
-    [concat!("/wo", "rk/"), concat!("/ho", "me/"), concat!("/ro", "ot/"), concat!("/Us", "ers/")];
+const MACHINE: [&str; 4] = [
+    concat!("/wo", "rk/"),
+    concat!("/ho", "me/"),
+    concat!("/ro", "ot/"),
+    concat!("/Us", "ers/"),
+];
 
 /// Macros with which a program speaks; libraries emit events.
 const PRINTING: [&str; 4] = ["println!(", "eprintln!(", "print!(", "eprint!("];
@@ -87,33 +91,53 @@ mod tests {
     use super::*;
 
     fn findings(path: &str, text: &str) -> Vec<String> {
-        check(&[Text { path: path.to_owned(), text: text.to_owned() }])
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(&[Text {
+            path: path.to_owned(),
+            text: text.to_owned(),
+        }])
+        .iter()
+        .map(ToString::to_string)
+        .collect()
     }
 
     #[test]
     fn each_rule_has_a_file_that_breaks_it() {
         let long = format!("//! Long.\n{}", "fn f() {}\n".repeat(LONGEST));
-        let tests = format!("//! Tests.\n#[cfg(test)]\nmod tests {{\n{}}}\n", "    //\n".repeat(600));
+        let tests = format!(
+            "//! Tests.\n#[cfg(test)]\nmod tests {{\n{}}}\n",
+            "    //\n".repeat(600)
+        );
         let home = format!("//! See {}me/x.\n", "/ho");
         let later = format!("//! Later.\nfn f() {{ {}!() }}\n", "todo");
         let library = "crates/diffusion-nn/src/a.rs";
         for (path, text, part) in [
             (library, "use x;\n", "a.rs:1: does not open with"),
             (library, long.as_str(), "501 lines without tests"),
-            (library, home.as_str(), "a.rs:1: a path of somebody's machine"),
+            (
+                library,
+                home.as_str(),
+                "a.rs:1: a path of somebody's machine",
+            ),
             (library, later.as_str(), "a.rs:2: `todo"),
-            (library, "//! Loud.\nfn f() { println!(\"x\") }\n", "a.rs:2: a library prints"),
+            (
+                library,
+                "//! Loud.\nfn f() { println!(\"x\") }\n",
+                "a.rs:2: a library prints",
+            ),
         ] {
             let found = findings(path, text);
-            assert!(found.len() == 1 && found[0].contains(part), "{part}: {found:?}");
+            assert!(
+                found.len() == 1 && found[0].contains(part),
+                "{part}: {found:?}"
+            );
         }
         for (path, text) in [
             (library, tests.as_str()),
             ("crates/diffusion-nn/tests/a.rs", long.as_str()),
-            ("crates/diffusion-cli/src/a.rs", "//! Loud.\nfn f() { println!(\"x\") }\n"),
+            (
+                "crates/diffusion-cli/src/a.rs",
+                "//! Loud.\nfn f() { println!(\"x\") }\n",
+            ),
             ("README.md", "https://example.org/home/page and docs/work/x"),
         ] {
             assert!(findings(path, text).is_empty(), "{path}");

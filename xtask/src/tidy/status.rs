@@ -71,20 +71,34 @@ fn subject(path: &str) -> Option<Option<&str>> {
     if path == "README.md" {
         return Some(None);
     }
-    let name = path.strip_prefix("crates/diffusion-")?.strip_suffix("/README.md")?;
+    let name = path
+        .strip_prefix("crates/diffusion-")?
+        .strip_suffix("/README.md")?;
     Some(Some(name))
 }
 
 /// Compares the tables with the data, and the data with the code.
 pub fn check(root: &Path, texts: &[Text]) -> Result<Vec<Finding>> {
     let status = load(root)?;
-    let mut findings = evidence(&status, &|path| std::fs::read_to_string(root.join(path)).ok());
+    let mut findings = evidence(&status, &|path| {
+        std::fs::read_to_string(root.join(path)).ok()
+    });
     if texts.iter().all(|text| text.path != "README.md") {
-        findings.push(Finding::new("README.md", 0, "missing, it is what people read first"));
+        findings.push(Finding::new(
+            "README.md",
+            0,
+            "missing, it is what people read first",
+        ));
     }
     for text in texts {
-        let Some(name) = subject(&text.path) else { continue };
-        let line = text.text.lines().position(|line| line.trim() == BEGIN).map(|line| line + 1);
+        let Some(name) = subject(&text.path) else {
+            continue;
+        };
+        let line = text
+            .text
+            .lines()
+            .position(|line| line.trim() == BEGIN)
+            .map(|line| line + 1);
         match replaced(&text.text, &table(&status, name)) {
             Ok(new) if new == text.text => {}
             Ok(_) => findings.push(Finding::new(
@@ -94,7 +108,11 @@ pub fn check(root: &Path, texts: &[Text]) -> Result<Vec<Finding>> {
             )),
             // Only crates that hold systems of the survey have a table.
             Err(_) if name.is_some() && line.is_none() && !holds(&status, name) => {}
-            Err(error) => findings.push(Finding::new(&text.path, line.unwrap_or(0), error.to_string())),
+            Err(error) => findings.push(Finding::new(
+                &text.path,
+                line.unwrap_or(0),
+                error.to_string(),
+            )),
         }
     }
     Ok(findings)
@@ -105,8 +123,12 @@ pub fn fix(root: &Path) -> Result<Vec<String>> {
     let status = load(root)?;
     let mut changed = Vec::new();
     for text in super::source::texts(root)? {
-        let Some(name) = subject(&text.path) else { continue };
-        let Ok(new) = replaced(&text.text, &table(&status, name)) else { continue };
+        let Some(name) = subject(&text.path) else {
+            continue;
+        };
+        let Ok(new) = replaced(&text.text, &table(&status, name)) else {
+            continue;
+        };
         if new != text.text {
             std::fs::write(root.join(&text.path), new).with_context(|| text.path.clone())?;
             changed.push(text.path);
@@ -127,7 +149,11 @@ fn evidence(status: &Status, read: &dyn Fn(&str) -> Option<String>) -> Vec<Findi
             find("`code` must be given when, and only when, something is implemented".to_owned());
         }
         let claims = [system.parity, system.reproduced, system.benchmarked];
-        if !begun && claims.iter().any(|claim| matches!(claim, State::Part | State::Yes)) {
+        if !begun
+            && claims
+                .iter()
+                .any(|claim| matches!(claim, State::Part | State::Yes))
+        {
             find("not implemented, yet claims a result, correct the states".to_owned());
         }
         for name in &system.code {
@@ -140,7 +166,12 @@ fn evidence(status: &Status, read: &dyn Fn(&str) -> Option<String>) -> Vec<Findi
 }
 
 fn holds(status: &Status, name: Option<&str>) -> bool {
-    name.is_some_and(|name| status.system.iter().any(|system| system.crates.iter().any(|c| c == name)))
+    name.is_some_and(|name| {
+        status
+            .system
+            .iter()
+            .any(|system| system.crates.iter().any(|c| c == name))
+    })
 }
 
 fn table(status: &Status, name: Option<&str>) -> String {
@@ -217,7 +248,9 @@ mod tests {
         assert_eq!(count(&DATA.replace("a.rs::Ddpm", "a.rs::Gone")), 1);
         assert_eq!(count(&DATA.replace("code = [\"a.rs::Ddpm\"]", "")), 1);
         assert_eq!(count(&DATA.replace("implemented = \"yes\"", "")), 2);
-        assert!(toml::from_str::<Status>("[[system]]\nname = \"x\"\ncrates = []\nextra = 1").is_err());
+        assert!(
+            toml::from_str::<Status>("[[system]]\nname = \"x\"\ncrates = []\nextra = 1").is_err()
+        );
     }
 
     #[test]

@@ -53,8 +53,11 @@ pub fn check(root: &Path, members: &[Member]) -> Result<Vec<Finding>> {
 
 /// The package names in a tree that was printed without prefixes; the first is the crate itself.
 fn packages(tree: &str) -> Vec<&str> {
-    let mut names: Vec<&str> =
-        tree.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
+    let mut names: Vec<&str> = tree
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
     names.sort_unstable();
     names.dedup();
     names
@@ -67,7 +70,9 @@ fn judge(name: &str, manifest: &str, packages: &[&str]) -> Vec<Finding> {
         );
         return vec![Finding::new(manifest, 0, what)];
     };
-    let Room::Only(allowed) = room else { return Vec::new() };
+    let Room::Only(allowed) = room else {
+        return Vec::new();
+    };
     let mut findings = Vec::new();
     for package in packages {
         let ours = package.starts_with("diffusion-");
@@ -100,9 +105,15 @@ mod tests {
         let tree = "diffusion-core v0.1.0 (path)\ncandle-core v0.11.1\nimage v0.25.0\n\
                     diffusion-nn v0.1.0 (path)\ndiffusion-ops v0.1.0 (path)\ncandle-core v0.11.1 (*)\n";
         let packages = packages(tree);
-        assert_eq!(packages, ["candle-core", "diffusion-nn", "diffusion-ops", "image"]);
+        assert_eq!(
+            packages,
+            ["candle-core", "diffusion-nn", "diffusion-ops", "image"]
+        );
         let findings = |name| {
-            judge(name, "Cargo.toml", &packages).iter().map(ToString::to_string).collect::<Vec<_>>()
+            judge(name, "Cargo.toml", &packages)
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
         };
         let core = findings("diffusion-core");
         assert_eq!(core.len(), 2);

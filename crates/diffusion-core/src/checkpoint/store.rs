@@ -90,7 +90,8 @@ impl fmt::Debug for Checkpoints {
 }
 
 impl Checkpoints {
-    /// Opens `<run>/checkpoints`, makes it if need be, and deletes what an interrupted save left.
+    /// Opens `<run>/checkpoints`, makes it if need be, and deletes what interrupted writers left in it
+    /// and in `<run>`.
     /// The caller holds the [`RunLock`](super::RunLock).
     ///
     /// # Errors
@@ -111,9 +112,20 @@ impl Checkpoints {
             .create_dir(&root)
             .map_err(|e| Error::io(&root, e))?;
         this.storage.sync_dir(run).map_err(|e| Error::io(run, e))?;
-        for name in this.names()? {
-            if name.starts_with(TEMPORARY) {
-                this.remove_tree(&root.join(name))?;
+        // The run folder may be new as well, and a checkpoint in a folder without a name is lost.
+        if let Some(parent) = run.parent() {
+            match this.storage.sync_dir(parent) {
+                // Not ours to open, hence not made by this run.
+                Err(e) if e.kind() == ErrorKind::PermissionDenied => {}
+                result => result.map_err(|e| Error::io(parent, e))?,
+            }
+        }
+        // Single files of the run are replaced through temporary ones, too.
+        for folder in [run, &root] {
+            for name in this.storage.list(folder).map_err(|e| Error::io(folder, e))? {
+                if name.starts_with(TEMPORARY) {
+                    this.remove_tree(&folder.join(name))?;
+                }
             }
         }
         Ok(this)

@@ -1,5 +1,7 @@
 //! Other libraries' files: what diffusers writes, read and written.
 
+mod archive;
 pub mod folder;
+pub mod pickle;
 pub mod scheduler;
 pub mod weights;

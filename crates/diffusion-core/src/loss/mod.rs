@@ -1,1 +1,18 @@
-//! Objectives.
+//! Objectives: which noise levels are trained, and how much each counts.
+//!
+//! Every loss here is a weighted mean squared error,
+//!
+//! ```text
+//! L = E_{t, x₀, ε} [ w(t) ‖ŷ(x_t, t) − y‖² / D ],   x_t = α_t x₀ + σ_t ε
+//! ```
+//!
+//! where `y` is whatever the network predicts. [`Weight`] says what the weight means, [`TimeLaw`]
+//! how `t` is drawn, and [`Denoising`] puts the two together.
+
+mod denoising;
+mod time;
+mod weight;
+
+pub use denoising::Denoising;
+pub use time::TimeLaw;
+pub use weight::Weight;

@@ -75,7 +75,7 @@ impl Axis {
     }
 
     /// The same axis that begins at 0, for bars.
-    pub fn from_zero(mut self) -> Self {
+    pub fn starting_at_zero(mut self) -> Self {
         if self.scale == Scale::Linear {
             self.low = 0.0;
         }

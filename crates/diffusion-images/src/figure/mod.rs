@@ -219,7 +219,7 @@ pub fn histogram(
     let all: Vec<Series> = [&[corners], curves].concat();
     let (x, y) = ranges(axes, &all)?;
     write(path, WIDE, |root| {
-        let mut chart = frame(root, axes, x, y.from_zero())?;
+        let mut chart = frame(root, axes, x, y.starting_at_zero())?;
         let bars = bars.iter().map(|&(low, high, height)| {
             Rectangle::new([(low, 0.0), (high, height)], COLORS[4].mix(0.6).filled())
         });

@@ -1,0 +1,28 @@
+//! `diffusion images …`
+
+mod sample;
+mod train;
+
+use crate::Global;
+use anyhow::Result;
+use clap::Subcommand;
+use std::process::ExitCode;
+
+/// What can be done with images.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train a model on the digits, an IDX file or a folder of PNG and JPEG images.
+    #[command(after_help = train::EXAMPLES)]
+    Train(train::Train),
+    /// Make new images with a trained model.
+    #[command(after_help = sample::EXAMPLES)]
+    Sample(sample::Sample),
+}
+
+/// Runs a command.
+pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
+    match command {
+        Command::Train(command) => train::run(&command, global),
+        Command::Sample(command) => sample::run(&command, global),
+    }
+}

@@ -1,0 +1,158 @@
+//! `diffusion images sample`
+
+use crate::progress::Progress;
+use crate::{Global, device, interrupt};
+use anyhow::Result;
+use clap::Args;
+use diffusion_core::Report;
+use diffusion_core::grid::Grid;
+use diffusion_core::guide::Clip;
+use diffusion_core::sample::SamplerConfig;
+use diffusion_core::train::Cancel;
+use diffusion_images::grid::{GridOptions, sample_grid};
+use diffusion_images::model::{ImageModel, SampleRequest};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+pub const EXAMPLES: &str = "Samplers: ddpm, ddpm-large, ddim, ddim-eta1, euler, heun, edm, dpmpp-1, dpmpp-2m
+Examples:
+  diffusion images sample --model digits-model -n 64 --out grid.png
+  diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
+  diffusion images sample --model digits-model -n 30 --class all --sampler ddim --steps 50 --out all.png";
+
+/// Options of `diffusion images sample`.
+#[derive(Args)]
+pub struct Sample {
+    /// Model folder, ours or a UNet2DModel pipeline of diffusers.
+    #[arg(long)]
+    model: PathBuf,
+    /// Number of images.
+    #[arg(short, long, default_value_t = 64)]
+    n: usize,
+    /// Sampler.
+    #[arg(long, default_value = "dpmpp-2m")]
+    sampler: String,
+    /// Number of steps.
+    #[arg(long, default_value_t = 20)]
+    steps: usize,
+    /// Where the steps are: leading, trailing, linspace, karras, exponential or log-snr; the
+    /// sampler's usual one when absent.
+    #[arg(long)]
+    grid: Option<String>,
+    /// Class name or index, or `all` for one after the other.
+    #[arg(long)]
+    class: Option<String>,
+    /// Classifier-free guidance: 0 ignores the class, 1 is conditional, more is sharper.
+    #[arg(long, default_value_t = 1.0)]
+    guidance: f64,
+    /// Images computed at a time; does not change the result.
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Images in a row of the grid.
+    #[arg(long)]
+    columns: Option<usize>,
+    /// The PNG to write.
+    #[arg(long)]
+    out: PathBuf,
+}
+
+fn grid(args: &Sample) -> Result<Grid> {
+    let name = args.grid.as_deref().unwrap_or(match args.sampler.as_str() {
+        "heun" | "edm" => "karras",
+        _ => "trailing",
+    });
+    Ok(match name {
+        "leading" => Grid::Leading { offset: 0 },
+        "trailing" => Grid::Trailing,
+        "linspace" => Grid::Linspace,
+        "karras" => Grid::karras(),
+        "exponential" => Grid::Exponential { sigma_min: None, sigma_max: None },
+        "log-snr" => Grid::UniformLogSnr,
+        other => {
+            return Err(Report::new("--grid", other)
+                .expected("leading, trailing, linspace, karras, exponential or log-snr")
+                .config()
+                .into());
+        }
+    })
+}
+
+fn labels(args: &Sample, classes: &[String]) -> Result<Option<Vec<u32>>> {
+    let Some(class) = &args.class else { return Ok(None) };
+    if classes.is_empty() {
+        return Err(Report::new("--class", class)
+            .expected("no class: this model is unconditional")
+            .config()
+            .into());
+    }
+    if class == "all" {
+        return Ok(Some((0..args.n).map(|i| (i % classes.len()) as u32).collect()));
+    }
+    let by_name = classes.iter().position(|name| name == class);
+    let by_index = class.parse::<usize>().ok().filter(|k| *k < classes.len());
+    match by_name.or(by_index) {
+        Some(k) => Ok(Some(vec![k as u32; args.n])),
+        None => Err(Report::new("--class", class)
+            .expected(format!("all, or one of {}", classes.join(", ")))
+            .config()
+            .into()),
+    }
+}
+
+pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
+    if args.n > 100_000 {
+        return Err(Report::new("-n", args.n).expected("at most 100000 images").config().into());
+    }
+    let device = device::device(&global.device)?;
+    let sampler = SamplerConfig::named(&args.sampler)?;
+    let grid = grid(args)?;
+    let model = ImageModel::open(&args.model, &device)?;
+    let seed = global.seed.unwrap_or(0);
+    let request = SampleRequest {
+        count: args.n,
+        sampler,
+        grid,
+        steps: args.steps,
+        labels: labels(args, model.classes())?,
+        guidance: args.guidance,
+        clip: Clip::Static { range: 1.0 },
+        batch: args.batch,
+        seed,
+    };
+    let cancel = Cancel::new();
+    interrupt::listen(&cancel)?;
+    let batches = args.n.div_ceil(args.batch.max(1));
+    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
+    let start = Instant::now();
+    let images = model.sample(&request, &mut progress)?;
+    progress.done();
+    let seconds = start.elapsed().as_secs_f64();
+    let picture = sample_grid(&images, &GridOptions { columns: args.columns, ..GridOptions::default() })?;
+    let mut settings = vec![
+        ("Software".to_string(), format!("diffusion {}", env!("CARGO_PKG_VERSION"))),
+        ("model".to_string(), args.model.display().to_string()),
+        ("n".to_string(), args.n.to_string()),
+        ("sampler".to_string(), args.sampler.clone()),
+        ("steps".to_string(), args.steps.to_string()),
+        ("grid".to_string(), serde_json::to_string(&request.grid)?),
+        ("seed".to_string(), seed.to_string()),
+    ];
+    if let Some(class) = &args.class {
+        settings.push(("class".to_string(), class.clone()));
+        settings.push(("guidance".to_string(), args.guidance.to_string()));
+    }
+    picture.write_png(&args.out, &settings)?;
+    if global.json {
+        println!(
+            "{}",
+            serde_json::json!({
+                "out": args.out, "n": args.n, "sampler": args.sampler, "steps": args.steps,
+                "seed": seed, "seconds": seconds,
+            })
+        );
+    } else {
+        println!("{}: {} images in {seconds:.1} s", args.out.display(), args.n);
+    }
+    Ok(ExitCode::SUCCESS)
+}

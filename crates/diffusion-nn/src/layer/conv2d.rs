@@ -1,0 +1,93 @@
+//! A trainable convolution.
+
+use crate::error::Result;
+use crate::store::Scope;
+use candle_core::Tensor;
+use diffusion_ops::Padding;
+use diffusion_ops::init::Init;
+
+/// Sizes of a [`Conv2d`].
+#[derive(Clone, Copy, Debug)]
+pub struct Conv2dConfig {
+    /// Channels of the input.
+    pub in_channels: usize,
+    /// Channels of the output.
+    pub out_channels: usize,
+    /// Height and width of the kernel.
+    pub kernel: (usize, usize),
+    /// Step between output positions.
+    pub stride: usize,
+    /// Zeros around the map.
+    pub padding: Padding,
+    /// Step between taps.
+    pub dilation: usize,
+    /// Whether there is a bias.
+    pub bias: bool,
+}
+
+impl Conv2dConfig {
+    /// A square kernel of odd side that keeps the size of the map.
+    pub fn same(in_channels: usize, out_channels: usize, kernel: usize) -> Self {
+        Self {
+            in_channels,
+            out_channels,
+            kernel: (kernel, kernel),
+            stride: 1,
+            padding: (kernel / 2).into(),
+            dilation: 1,
+            bias: true,
+        }
+    }
+}
+
+/// A convolution: see [`diffusion_ops::conv2d`]. Names: `weight`, `bias`.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    config: Conv2dConfig,
+}
+
+impl Conv2d {
+    /// A convolution begun uniformly within `1/√(C kh kw)`.
+    ///
+    /// # Errors
+    /// If a name is taken.
+    pub fn new(scope: &Scope, config: Conv2dConfig) -> Result<Self> {
+        let (h, w) = config.kernel;
+        let init = Init::fan_in(config.in_channels * h * w);
+        let shape = (config.out_channels, config.in_channels, h, w);
+        let weight = scope.param("weight", shape, init)?;
+        let bias = config
+            .bias
+            .then(|| scope.param("bias", config.out_channels, init))
+            .transpose()?;
+        Ok(Self {
+            weight,
+            bias,
+            config,
+        })
+    }
+
+    /// `[B, C, H, W] -> [B, K, H', W']`.
+    ///
+    /// # Errors
+    /// If the channels don't fit or the map is too small.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Conv2dConfig {
+            stride,
+            padding,
+            dilation,
+            ..
+        } = self.config;
+        let bias = self.bias.as_ref();
+        Ok(diffusion_ops::conv2d(
+            x,
+            &self.weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+        )?)
+    }
+}

@@ -1,0 +1,36 @@
+//! A trainable affine map.
+
+use crate::error::Result;
+use crate::store::Scope;
+use candle_core::Tensor;
+use diffusion_ops::init::Init;
+
+/// An affine map of the last axis: see [`diffusion_ops::linear`]. Names: `weight`, `bias`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// A map from `inputs` to `outputs` features, begun uniformly within `1/√inputs`.
+    ///
+    /// # Errors
+    /// If a name is taken.
+    pub fn new(scope: &Scope, inputs: usize, outputs: usize, bias: bool) -> Result<Self> {
+        let init = Init::fan_in(inputs);
+        let weight = scope.param("weight", (outputs, inputs), init)?;
+        let bias = bias
+            .then(|| scope.param("bias", outputs, init))
+            .transpose()?;
+        Ok(Self { weight, bias })
+    }
+
+    /// `[..., I] -> [..., O]`.
+    ///
+    /// # Errors
+    /// If the last axis of `x` is not `I`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(diffusion_ops::linear(x, &self.weight, self.bias.as_ref())?)
+    }
+}

@@ -1,0 +1,28 @@
+//! Layers, one a file, with the parameter names of `diffusers`.
+
+mod activation;
+mod attention;
+mod conv2d;
+mod downsample;
+mod embedding;
+mod gaussian_fourier;
+mod group_norm;
+mod layer_norm;
+mod linear;
+mod resnet_block;
+mod timestep_embedding;
+mod upsample;
+
+pub use activation::Activation;
+pub use attention::{Attention, AttentionConfig};
+pub use conv2d::{Conv2d, Conv2dConfig};
+pub use diffusion_ops::timestep_embedding;
+pub use downsample::{Downsample2D, fir_downsample2d};
+pub use embedding::Embedding;
+pub use gaussian_fourier::GaussianFourier;
+pub use group_norm::GroupNorm;
+pub use layer_norm::LayerNorm;
+pub use linear::Linear;
+pub use resnet_block::{Resample, ResnetBlock2D, ResnetBlock2DConfig, TimeEmbeddingNorm};
+pub use timestep_embedding::{TimestepEmbedding, TimestepEmbeddingConfig};
+pub use upsample::{Upsample2D, fir_upsample2d};
