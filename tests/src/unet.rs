@@ -39,7 +39,11 @@ impl SavedUNet {
         let build = |scope: &_| UNet2D::new(&config, scope);
         let net = Store::serve(&weights, DType::F32, &Device::Cpu, build)
             .with_context(|| format!("the weights in {}", path.display()))?;
-        Ok(Self { folder, scheduler, net })
+        Ok(Self {
+            folder,
+            scheduler,
+            net,
+        })
     }
 
     /// The network's output.
@@ -47,10 +51,12 @@ impl SavedUNet {
     /// # Errors
     /// Those of the network.
     pub fn predict(&self, x: &Tensor, t: &Tensor) -> diffusion_core::Result<Tensor> {
-        self.net.forward(x, t, None, Mode::Eval).map_err(|error| match error {
-            diffusion_nn::Error::Candle(error) => error.into(),
-            other => Report::new("unet", other).input(),
-        })
+        self.net
+            .forward(x, t, None, Mode::Eval)
+            .map_err(|error| match error {
+                diffusion_nn::Error::Candle(error) => error.into(),
+                other => Report::new("unet", other).input(),
+            })
     }
 }
 
@@ -59,5 +65,8 @@ impl SavedUNet {
 /// # Errors
 /// Those of the tensor library.
 pub fn as_images(x: &Tensor) -> Result<Tensor> {
-    Ok(x.affine(0.5, 0.5)?.clamp(0.0, 1.0)?.permute((0, 2, 3, 1))?.contiguous()?)
+    Ok(x.affine(0.5, 0.5)?
+        .clamp(0.0, 1.0)?
+        .permute((0, 2, 3, 1))?
+        .contiguous()?)
 }

@@ -18,12 +18,16 @@ pub fn device(name: &str) -> Result<Device> {
         None => (name, Some(0)),
     };
     let unknown = || {
-        Report::new("--device", name).expected("cpu, cuda, cuda:N, metal or metal:N").config()
+        Report::new("--device", name)
+            .expected("cpu, cuda, cuda:N, metal or metal:N")
+            .config()
     };
     let index = index.ok_or_else(unknown)?;
     let missing = |error: candle_core::Error, feature: &str| {
         Report::new("--device", format!("{name}: {error}"))
-            .remedy(format!("use a build with --features {feature} on a machine that has one, or --device cpu"))
+            .remedy(format!(
+                "use a build with --features {feature} on a machine that has one, or --device cpu"
+            ))
             .config()
     };
     Ok(match kind {
@@ -34,11 +38,22 @@ pub fn device(name: &str) -> Result<Device> {
     })
 }
 
+/// candle's second pool spins while it waits, which on a busy machine costs more than it gives; a
+/// limit of 0 lets it sleep.
+const SPIN: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+
 /// Starts this program again with the thread pools set, because they are read once, before any
 /// tensor exists. `None` when nothing has to be done.
 pub fn with_threads(threads: Option<u16>) -> Option<ExitCode> {
-    let threads = threads?.to_string();
-    if POOLS.iter().all(|name| std::env::var(name).is_ok_and(|v| v == threads)) {
+    let mut wanted: Vec<(&str, String)> = Vec::new();
+    if std::env::var_os(SPIN).is_none() {
+        wanted.push((SPIN, "0".into()));
+    }
+    if let Some(threads) = threads {
+        wanted.extend(POOLS.map(|name| (name, threads.to_string())));
+    }
+    wanted.retain(|(name, value)| std::env::var(name).as_ref() != Ok(value));
+    if wanted.is_empty() {
         return None;
     }
     let program = match std::env::current_exe() {
@@ -50,9 +65,7 @@ pub fn with_threads(threads: Option<u16>) -> Option<ExitCode> {
     };
     let mut command = Command::new(program);
     command.args(std::env::args_os().skip(1));
-    for name in POOLS {
-        command.env(name, &threads);
-    }
+    command.envs(wanted);
     Some(replace(command))
 }
 

@@ -22,7 +22,10 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
     let scheduler = model.scheduler().config();
     let shape = model.image_shape().ok();
     // A model from elsewhere has no run beside it.
-    let training = run::config_file(&args.model).exists().then(|| run::stored_config(&args.model)).transpose()?;
+    let training = run::config_file(&args.model)
+        .exists()
+        .then(|| run::stored_config(&args.model))
+        .transpose()?;
     if global.json {
         println!(
             "{}",
@@ -40,7 +43,10 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
     println!("{}", args.model.display());
     println!("  network     UNet2D, {} weights", model.num_parameters());
     println!("  channels    {:?}", config.block_out_channels);
-    println!("  blocks      {:?} | {:?}", config.down_block_types, config.up_block_types);
+    println!(
+        "  blocks      {:?} | {:?}",
+        config.down_block_types, config.up_block_types
+    );
     if let Some([c, h, w]) = shape {
         println!("  images      {c} x {h} x {w}");
     }
@@ -50,7 +56,10 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
     }
     println!(
         "  process     {}, {} steps, {} betas, predicts {}",
-        scheduler.class, scheduler.num_train_timesteps, scheduler.beta_schedule, scheduler.prediction_type
+        scheduler.class,
+        scheduler.num_train_timesteps,
+        scheduler.beta_schedule,
+        scheduler.prediction_type
     );
     if let Some(training) = training {
         println!(

@@ -15,14 +15,18 @@ static ARRIVED: std::sync::OnceLock<Arc<AtomicUsize>> = std::sync::OnceLock::new
 /// # Errors
 /// When the system refuses a handler.
 pub fn listen(cancel: &Cancel) -> Result<()> {
-    let arrived = ARRIVED.get_or_init(|| Arc::new(AtomicUsize::new(0))).clone();
+    let arrived = ARRIVED
+        .get_or_init(|| Arc::new(AtomicUsize::new(0)))
+        .clone();
     for signal in [SIGINT, SIGTERM] {
         let armed = Arc::new(AtomicBool::new(false));
         let context = "cannot listen for Ctrl-C";
         // Order matters: the second signal sees what the first one armed.
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, armed.clone()).context(context)?;
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, armed.clone())
+            .context(context)?;
         signal_hook::flag::register(signal, armed).context(context)?;
-        signal_hook::flag::register_usize(signal, arrived.clone(), signal as usize).context(context)?;
+        signal_hook::flag::register_usize(signal, arrived.clone(), signal as usize)
+            .context(context)?;
         signal_hook::flag::register(signal, cancel.flag()).context(context)?;
     }
     Ok(())

@@ -12,7 +12,12 @@ use std::process::ExitCode;
 
 /// Train, sample and inspect diffusion models.
 #[derive(Parser)]
-#[command(name = "diffusion", version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    name = "diffusion",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
 struct Cli {
     #[command(flatten)]
     global: Global,

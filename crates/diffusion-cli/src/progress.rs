@@ -21,14 +21,24 @@ impl Progress {
     /// Progress over `total` units.
     pub fn new(total: u64, quiet: bool, cancel: &Cancel) -> Self {
         let terminal = std::io::stderr().is_terminal() && !quiet;
-        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = if terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
         let bar = ProgressBar::with_draw_target(Some(total), target);
-        if let Ok(style) = ProgressStyle::with_template(
-            "{bar:30} {pos}/{len}  {elapsed}, {eta} left  {msg}",
-        ) {
+        if let Ok(style) =
+            ProgressStyle::with_template("{bar:30} {pos}/{len}  {elapsed}, {eta} left  {msg}")
+        {
             bar.set_style(style);
         }
-        Self { bar, lines: !terminal && !quiet, last_line: Instant::now(), cancel: cancel.clone(), finished: 0 }
+        Self {
+            bar,
+            lines: !terminal && !quiet,
+            last_line: Instant::now(),
+            cancel: cancel.clone(),
+            finished: 0,
+        }
     }
 
     fn say(&self, text: &str) {
@@ -48,11 +58,19 @@ impl Progress {
 impl Observer for Progress {
     fn on(&mut self, event: &Event) -> Result<()> {
         match event {
-            Event::Started { resumed_from: Some(step) } => {
+            Event::Started {
+                resumed_from: Some(step),
+            } => {
                 self.bar.set_position(*step);
                 self.say(&format!("resumed from step {step}"));
             }
-            Event::Step { step, loss, lr, examples_per_s, .. } => {
+            Event::Step {
+                step,
+                loss,
+                lr,
+                examples_per_s,
+                ..
+            } => {
                 self.bar.set_position(*step);
                 let text = format!("loss {loss:.4}  lr {lr:.1e}  {examples_per_s:.0} images/s");
                 self.bar.set_message(text.clone());
@@ -67,7 +85,9 @@ impl Observer for Progress {
                 self.say(&format!("step {step}: rolled back to {to}: {why}"));
             }
             Event::SaveFailed { step, why } => {
-                self.say(&format!("step {step}: the checkpoint could not be written: {why}"));
+                self.say(&format!(
+                    "step {step}: the checkpoint could not be written: {why}"
+                ));
             }
             Event::Rejected { path, why } => {
                 self.say(&format!("rejected checkpoint {}: {why}", path.display()));
@@ -85,6 +105,10 @@ impl sample::Observer for Progress {
         if progress.done == progress.total {
             self.finished += progress.total as u64;
         }
-        if self.cancel.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.cancel.is_set() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 }

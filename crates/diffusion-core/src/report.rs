@@ -88,12 +88,21 @@ pub struct Results {
 impl Results {
     /// Empty results.
     pub fn new(section: &str, preset: &str, seed: u64) -> Self {
-        Self { section: section.into(), preset: preset.into(), seed, rows: vec![], figures: vec![] }
+        Self {
+            section: section.into(),
+            preset: preset.into(),
+            seed,
+            rows: vec![],
+            figures: vec![],
+        }
     }
 
     /// Notes a picture.
     pub fn figure(&mut self, file: &str, caption: &str) {
-        self.figures.push(Figure { file: file.into(), caption: caption.into() });
+        self.figures.push(Figure {
+            file: file.into(),
+            caption: caption.into(),
+        });
     }
 
     /// Writes `results.json` into a folder.
@@ -102,11 +111,14 @@ impl Results {
     /// `Numeric` when a value is not finite (JSON could not hold it), `Io`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         if let Some(row) = self.rows.iter().find(|r| !r.value.is_finite()) {
-            return Err(Report::new(format!("{}: {}", row.system, row.metric), row.value)
-                .expected("a finite number")
-                .numeric());
+            return Err(
+                Report::new(format!("{}: {}", row.system, row.metric), row.value)
+                    .expected("a finite number")
+                    .numeric(),
+            );
         }
-        let text = serde_json::to_string_pretty(self).map_err(|e| Report::new("results", e).numeric())?;
+        let text =
+            serde_json::to_string_pretty(self).map_err(|e| Report::new("results", e).numeric())?;
         write_atomic(&folder.join("results.json"), text.as_bytes())
     }
 }
@@ -126,7 +138,10 @@ mod tests {
             metric: "error".into(),
             value: 0.25,
             better: Better::Lower,
-            baseline: Some(Baseline { name: "Euler".into(), value: 0.5 }),
+            baseline: Some(Baseline {
+                name: "Euler".into(),
+                value: 0.5,
+            }),
             published: None,
             seconds: 1.0,
             note: String::new(),
@@ -136,6 +151,12 @@ mod tests {
         assert_eq!(serde_json::from_str::<Results>(&text).unwrap(), results);
         assert!(text.contains("\"better\": \"lower\""));
         results.rows[0].value = f64::NAN;
-        assert!(results.write(folder.path()).unwrap_err().to_string().contains("DDIM"));
+        assert!(
+            results
+                .write(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("DDIM")
+        );
     }
 }

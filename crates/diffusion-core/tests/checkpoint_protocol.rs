@@ -10,18 +10,22 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::Error;
 use diffusion_core::checkpoint::fault::{Fault, Faulty, PowerCut};
-use diffusion_core::checkpoint::{
-    Checkpoints, DiskStorage, Keep, RunLock, Snapshot, Storage,
-};
+use diffusion_core::checkpoint::{Checkpoints, DiskStorage, Keep, RunLock, Snapshot, Storage};
 use diffusion_ops::rng::{Key, stream};
 
 /// A checkpoint whose every value tells its step.
 fn snapshot(step: u64) -> Snapshot {
     let tensor = |n: usize| {
-        Tensor::full(step as f32, n, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+        Tensor::full(step as f32, n, &Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F32)
+            .unwrap()
     };
     let group = |names: &[(&str, usize)]| {
-        names.iter().map(|(n, len)| (n.to_string(), tensor(*len))).collect::<BTreeMap<_, _>>()
+        names
+            .iter()
+            .map(|(n, len)| (n.to_string(), tensor(*len)))
+            .collect::<BTreeMap<_, _>>()
     };
     Snapshot {
         step,
@@ -40,18 +44,29 @@ fn whole(found: &Snapshot) -> u64 {
     let expected = snapshot(found.step);
     assert_eq!(found.state, expected.state);
     assert_eq!(found.score, expected.score);
-    assert_eq!(found.groups.keys().collect::<Vec<_>>(), expected.groups.keys().collect::<Vec<_>>());
+    assert_eq!(
+        found.groups.keys().collect::<Vec<_>>(),
+        expected.groups.keys().collect::<Vec<_>>()
+    );
     for (name, group) in &expected.groups {
         assert_eq!(found.groups[name].len(), group.len());
         for (tensor, value) in group {
             let values = |t: &Tensor| t.to_vec1::<f32>().unwrap();
-            assert_eq!(values(&found.groups[name][tensor]), values(value), "{name}/{tensor}");
+            assert_eq!(
+                values(&found.groups[name][tensor]),
+                values(value),
+                "{name}/{tensor}"
+            );
         }
     }
     found.step
 }
 
-const KEEP: Keep = Keep { last: 1, every: None, best: 0 };
+const KEEP: Keep = Keep {
+    last: 1,
+    every: None,
+    best: 0,
+};
 
 fn open(run: &Path, keep: Keep) -> Checkpoints {
     Checkpoints::open(run, Box::new(DiskStorage::new()), keep).unwrap()
@@ -73,7 +88,12 @@ fn copy(from: &Path, to: &Path) {
 #[test]
 fn every_failing_operation_leaves_a_sound_checkpoint() {
     let mut points = 0;
-    for fault in [Fault::NoSpace, Fault::Device, Fault::ReadOnly, Fault::ShortWrite] {
+    for fault in [
+        Fault::NoSpace,
+        Fault::Device,
+        Fault::ReadOnly,
+        Fault::ShortWrite,
+    ] {
         let mut at = 0;
         loop {
             let dir = tempfile::tempdir().unwrap();
@@ -88,12 +108,24 @@ fn every_failing_operation_leaves_a_sound_checkpoint() {
                 break;
             }
             let error = result.unwrap_err();
-            assert!(matches!(error, Error::Io { .. }), "{fault:?} at {at}: {error}");
-            assert!(error.to_string().contains(&dir.path().display().to_string()), "{error}");
+            assert!(
+                matches!(error, Error::Io { .. }),
+                "{fault:?} at {at}: {error}"
+            );
+            assert!(
+                error
+                    .to_string()
+                    .contains(&dir.path().display().to_string()),
+                "{error}"
+            );
             // The next start accepts the old or the new one, cleans up, and can save again.
             let mut after = open(run, KEEP);
             let loaded = after.load().unwrap();
-            assert!(loaded.rejected.is_empty(), "{fault:?} at {at}: {:?}", loaded.rejected);
+            assert!(
+                loaded.rejected.is_empty(),
+                "{fault:?} at {at}: {:?}",
+                loaded.rejected
+            );
             assert!([1, 2].contains(&whole(&loaded.snapshot.unwrap())));
             after.save(&snapshot(3)).unwrap();
             assert_eq!(after.steps().unwrap(), [3]);
@@ -140,8 +172,8 @@ fn a_power_cut_before_any_operation_leaves_the_old_or_the_new() {
         let at = seed % 50;
         let second = disk.reopen(at);
         let after = second.disk();
-        let result = Checkpoints::open(run, Box::new(second), KEEP)
-            .and_then(|mut c| c.save(&snapshot(2)));
+        let result =
+            Checkpoints::open(run, Box::new(second), KEEP).and_then(|mut c| c.save(&snapshot(2)));
         cuts += u64::from(result.is_err());
         let mut checkpoints =
             Checkpoints::open(run, Box::new(after.recover(seed, u64::MAX)), KEEP).unwrap();
@@ -182,7 +214,11 @@ fn the_power_cut_storage_does_lose_what_was_not_synced() {
         storage.sync_file(&file).unwrap();
         storage.sync_dir(run).unwrap();
         storage.sync_dir(Path::new("")).unwrap();
-        let (_, len) = disk.recover(seed, u64::MAX).read(&file).map(|(_, n)| ((), n)).unwrap();
+        let (_, len) = disk
+            .recover(seed, u64::MAX)
+            .read(&file)
+            .map(|(_, n)| ((), n))
+            .unwrap();
         assert_eq!(len, 500);
     }
     assert!(lost > 150, "{lost} of 200");
@@ -202,14 +238,19 @@ fn falls_back(run: &Path, what: &str) {
     let loaded = open(run, Keep { last: 5, ..KEEP }).load().unwrap();
     assert_eq!(whole(&loaded.snapshot.unwrap()), 1, "{what}");
     assert_eq!(loaded.rejected.len(), 1, "{what}");
-    assert!(loaded.rejected[0].path.ends_with("step-000000002") && !loaded.rejected[0].why.is_empty());
+    assert!(
+        loaded.rejected[0].path.ends_with("step-000000002") && !loaded.rejected[0].why.is_empty()
+    );
 }
 
 #[test]
 fn every_changed_byte_is_noticed() {
     let dir = pair();
     let newest = dir.path().join("checkpoints/step-000000002");
-    let mut files: Vec<_> = fs::read_dir(&newest).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<_> = fs::read_dir(&newest)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
     files.sort();
     assert_eq!(files.len(), 5);
     let mut flips = 0;
@@ -237,7 +278,10 @@ fn every_changed_byte_is_noticed() {
     }
     println!("{flips} changed bytes, all noticed");
     assert!(flips >= 500);
-    assert_eq!(whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()), 2);
+    assert_eq!(
+        whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()),
+        2
+    );
 }
 
 #[test]
@@ -268,20 +312,29 @@ fn every_truncated_missing_or_foreign_file_is_noticed() {
     copy(&newest, &alias);
     let loaded = open(dir.path(), KEEP).load().unwrap();
     assert_eq!(whole(&loaded.snapshot.unwrap()), 2);
-    assert!(loaded.rejected[0].why.contains("step 2; expected 3"), "{:?}", loaded.rejected);
+    assert!(
+        loaded.rejected[0].why.contains("step 2; expected 3"),
+        "{:?}",
+        loaded.rejected
+    );
 }
 
 #[test]
 fn with_only_damaged_checkpoints_nothing_starts_in_silence() {
     let dir = pair();
     for step in [1, 2] {
-        let manifest = dir.path().join(format!("checkpoints/step-00000000{step}/MANIFEST.json"));
+        let manifest = dir
+            .path()
+            .join(format!("checkpoints/step-00000000{step}/MANIFEST.json"));
         fs::write(manifest, b"{}").unwrap();
     }
     let error = open(dir.path(), KEEP).load().unwrap_err();
     assert!(matches!(error, Error::Checkpoint(_)));
     let text = error.to_string();
-    assert!(text.contains("step-000000001") && text.contains("step-000000002"), "{text}");
+    assert!(
+        text.contains("step-000000001") && text.contains("step-000000002"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -293,13 +346,23 @@ fn a_rejected_step_is_replaced_when_it_comes_again() {
     assert_eq!(whole(&checkpoints.load().unwrap().snapshot.unwrap()), 1);
     checkpoints.save(&snapshot(2)).unwrap();
     assert_eq!(checkpoints.steps().unwrap(), [2]);
-    assert_eq!(whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()), 2);
+    assert_eq!(
+        whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()),
+        2
+    );
 }
 
 #[test]
 fn pruning_keeps_the_newest_the_best_and_the_regular_and_no_rejected_one_pushes_out_a_sound_one() {
     let dir = tempfile::tempdir().unwrap();
-    let mut checkpoints = open(dir.path(), Keep { last: 2, every: Some(4), best: 1 });
+    let mut checkpoints = open(
+        dir.path(),
+        Keep {
+            last: 2,
+            every: Some(4),
+            best: 1,
+        },
+    );
     for step in 1..=9 {
         let mut s = snapshot(step);
         s.score = Some(if step == 3 { 0.0 } else { step as f64 });
@@ -314,7 +377,10 @@ fn pruning_keeps_the_newest_the_best_and_the_regular_and_no_rejected_one_pushes_
     assert_eq!(whole(&checkpoints.load().unwrap().snapshot.unwrap()), 2);
     checkpoints.save(&snapshot(5)).unwrap();
     assert_eq!(checkpoints.steps().unwrap(), [5, 9]);
-    assert_eq!(whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()), 5);
+    assert_eq!(
+        whole(&open(dir.path(), KEEP).load().unwrap().snapshot.unwrap()),
+        5
+    );
 }
 
 #[test]
@@ -322,7 +388,10 @@ fn what_is_not_finite_is_never_written() {
     let dir = pair();
     let mut bad = snapshot(3);
     let nan = Tensor::new(&[1f32, f32::NAN], &Device::Cpu).unwrap();
-    bad.groups.get_mut("adam_m").unwrap().insert("a".into(), nan);
+    bad.groups
+        .get_mut("adam_m")
+        .unwrap()
+        .insert("a".into(), nan);
     let error = open(dir.path(), KEEP).save(&bad).unwrap_err();
     assert!(matches!(error, Error::Numeric(_)));
     assert!(error.to_string().contains("adam_m: `a`"), "{error}");
@@ -352,7 +421,10 @@ fn a_second_writer_is_refused_at_once_and_told_who_the_first_is() {
     let error = second.acquire().unwrap_err();
     assert!(started.elapsed().as_millis() < 100);
     assert!(matches!(error, Error::Checkpoint(_)));
-    assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+    assert!(
+        error.to_string().contains(&std::process::id().to_string()),
+        "{error}"
+    );
     drop(guard);
     second.acquire().unwrap();
 }

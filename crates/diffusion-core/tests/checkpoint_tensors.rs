@@ -21,7 +21,12 @@ fn file(header: &str, data: &[u8]) -> Vec<u8> {
 
 fn decode(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, Error> {
     let len = bytes.len() as u64;
-    decode_safetensors(&mut &*bytes, len, Path::new("x.safetensors"), &Limits::default())
+    decode_safetensors(
+        &mut &*bytes,
+        len,
+        Path::new("x.safetensors"),
+        &Limits::default(),
+    )
 }
 
 fn sample() -> BTreeMap<String, Tensor> {
@@ -37,12 +42,21 @@ fn sample() -> BTreeMap<String, Tensor> {
     }
     map.insert("transposed".into(), base.t().unwrap());
     map.insert("scalar".into(), Tensor::new(2.5f64, cpu).unwrap());
-    map.insert("empty".into(), Tensor::zeros((0, 4), DType::F32, cpu).unwrap());
+    map.insert(
+        "empty".into(),
+        Tensor::zeros((0, 4), DType::F32, cpu).unwrap(),
+    );
     map
 }
 
 fn text(t: &Tensor) -> String {
-    let values = t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let values = t
+        .to_dtype(DType::F64)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1::<f64>()
+        .unwrap();
     format!("{:?} {:?} {values:?}", t.dtype(), t.dims())
 }
 
@@ -64,7 +78,11 @@ fn every_element_type_survives_and_the_bytes_are_always_the_same() {
     let parsed = safetensors::SafeTensors::deserialize(&first).unwrap();
     assert_eq!(parsed.names().len(), sample().len());
     assert_eq!(parsed.tensor("transposed").unwrap().shape(), [3, 2]);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file was left");
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "a temporary file was left"
+    );
 }
 
 #[test]
@@ -73,7 +91,10 @@ fn booleans_become_bytes() {
     let map = decode(&file(header, &[1, 0, 1])).unwrap();
     assert_eq!(map["b"].to_vec1::<u8>().unwrap(), [1, 0, 1]);
     let error = decode(&file(header, &[1, 2, 1])).unwrap_err().to_string();
-    assert!(error.contains("tensor `b`: element 1 is 2; expected 0 or 1"), "{error}");
+    assert!(
+        error.contains("tensor `b`: element 1 is 2; expected 0 or 1"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -87,28 +108,65 @@ fn every_kind_of_damage_is_named() {
         (two("[0,4]", "[4,8]"), 9, "9 bytes of data; expected 8"),
         (two("[0,4]", "[4,8]"), 7, "inside the 7 bytes"),
         (format!(r#"{{"a":{}}}"#, f32s("[4,0]")), 4, "offsets 4..0"),
-        (format!(r#"{{"a":{}}}"#, f32s("[0,3]")), 3, "3 bytes; expected 4, from F32 [1]"),
-        (format!(r#"{{"a":{0},"a":{0}}}"#, f32s("[0,4]")), 4, "`a` appears twice"),
-        (format!(r#"{{"__metadata__":{{}},"__metadata__":{{}},"a":{}}}"#, f32s("[0,4]")), 4, "twice"),
-        (r#"{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}"#.into(), 1, "F8_E4M3"),
+        (
+            format!(r#"{{"a":{}}}"#, f32s("[0,3]")),
+            3,
+            "3 bytes; expected 4, from F32 [1]",
+        ),
+        (
+            format!(r#"{{"a":{0},"a":{0}}}"#, f32s("[0,4]")),
+            4,
+            "`a` appears twice",
+        ),
+        (
+            format!(
+                r#"{{"__metadata__":{{}},"__metadata__":{{}},"a":{}}}"#,
+                f32s("[0,4]")
+            ),
+            4,
+            "twice",
+        ),
+        (
+            r#"{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}"#.into(),
+            1,
+            "F8_E4M3",
+        ),
         (
             r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}"#.into(),
             4,
             "more than 2⁶⁴",
         ),
-        (r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#.into(), 4, "tensor `a`"),
-        (r#"{"a":{"dtype":"F32","shape":[1]}}"#.into(), 4, "data_offsets"),
-        (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}"#.into(), 4, "`x`"),
+        (
+            r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#.into(),
+            4,
+            "tensor `a`",
+        ),
+        (
+            r#"{"a":{"dtype":"F32","shape":[1]}}"#.into(),
+            4,
+            "data_offsets",
+        ),
+        (
+            r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}"#.into(),
+            4,
+            "`x`",
+        ),
         ("[]".into(), 0, "header"),
         ("{".into(), 0, "header"),
         ("[".repeat(100_000), 0, "header"),
     ];
     for (header, data, expected) in cases {
         let error = decode(&file(&header, &vec![0; data])).unwrap_err();
-        assert!(matches!(error, Error::Input(_) | Error::Unsupported(_)), "{error}");
+        assert!(
+            matches!(error, Error::Input(_) | Error::Unsupported(_)),
+            "{error}"
+        );
         let error = error.to_string();
         assert!(error.contains(expected), "`{error}` lacks `{expected}`");
-        assert!(error.contains("x.safetensors") && error.contains('('), "{error}");
+        assert!(
+            error.contains("x.safetensors") && error.contains('('),
+            "{error}"
+        );
     }
 }
 
@@ -127,14 +185,42 @@ fn claims_are_checked_before_anything_is_allocated() {
     };
     let n = header.len() as u64;
     let limits = Limits::default();
-    assert!(read(&Limits { safetensors_header: n, tensors: 1, ..limits.clone() }).is_ok());
+    assert!(
+        read(&Limits {
+            safetensors_header: n,
+            tensors: 1,
+            ..limits.clone()
+        })
+        .is_ok()
+    );
     for (limits, field) in [
-        (Limits { safetensors_header: n - 1, ..limits.clone() }, "safetensors_header"),
-        (Limits { tensors: 0, ..limits.clone() }, "tensors"),
-        (Limits { file_bytes: n, ..limits.clone() }, "file_bytes"),
+        (
+            Limits {
+                safetensors_header: n - 1,
+                ..limits.clone()
+            },
+            "safetensors_header",
+        ),
+        (
+            Limits {
+                tensors: 0,
+                ..limits.clone()
+            },
+            "tensors",
+        ),
+        (
+            Limits {
+                file_bytes: n,
+                ..limits.clone()
+            },
+            "file_bytes",
+        ),
     ] {
         let error = read(&limits).unwrap_err();
-        assert!(matches!(error, Error::Limit(_)) && error.to_string().contains(field), "{error}");
+        assert!(
+            matches!(error, Error::Limit(_)) && error.to_string().contains(field),
+            "{error}"
+        );
     }
 }
 
@@ -177,12 +263,19 @@ fn replacing_a_file_leaves_the_old_one_when_it_fails() {
     assert!(matches!(error, Error::Unsupported(_)), "{error}");
     assert_eq!(fs::read(&path).unwrap(), b"new");
     let nowhere = dir.path().join("missing/a.bin");
-    assert!(matches!(write_atomic(&nowhere, b"x").unwrap_err(), Error::Io { .. }));
+    assert!(matches!(
+        write_atomic(&nowhere, b"x").unwrap_err(),
+        Error::Io { .. }
+    ));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
         let mode = fs::metadata(&path).unwrap().permissions().mode();
-        assert_ne!(mode & 0o044, 0, "readable by others as far as the umask allows: {mode:o}");
+        assert_ne!(
+            mode & 0o044,
+            0,
+            "readable by others as far as the umask allows: {mode:o}"
+        );
     }
 }

@@ -45,7 +45,9 @@ impl Net {
     fn new() -> Self {
         let cpu = &Device::Cpu;
         let ramp = |n: usize| {
-            (0..n).map(|i| ((i * 7 + 3) as f32 * 0.37).sin() * 0.5).collect::<Vec<f32>>()
+            (0..n)
+                .map(|i| ((i * 7 + 3) as f32 * 0.37).sin() * 0.5)
+                .collect::<Vec<f32>>()
         };
         Self {
             w1: Var::from_vec(ramp(16), (2, 8), cpu).unwrap(),
@@ -57,7 +59,10 @@ impl Net {
     }
 
     fn params(&self) -> BTreeMap<String, Var> {
-        BTreeMap::from([("w1".into(), self.w1.clone()), ("w2".into(), self.w2.clone())])
+        BTreeMap::from([
+            ("w1".into(), self.w1.clone()),
+            ("w2".into(), self.w2.clone()),
+        ])
     }
 }
 
@@ -105,7 +110,10 @@ impl Objective for Net {
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        Ok(BTreeMap::from([("mean_loss".into(), Tensor::new(self.mean_loss, &Device::Cpu)?)]))
+        Ok(BTreeMap::from([(
+            "mean_loss".into(),
+            Tensor::new(self.mean_loss, &Device::Cpu)?,
+        )]))
     }
 
     fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
@@ -119,7 +127,10 @@ fn config() -> TrainConfig {
         steps: 30,
         batch_size: 4,
         lr: 1e-2,
-        schedule: LrSchedule::Cosine { warmup: 5, cycles: 0.5 },
+        schedule: LrSchedule::Cosine {
+            warmup: 5,
+            cycles: 0.5,
+        },
         checkpoint_every: 7,
         keep_last: 2,
         log_every: 3,
@@ -138,7 +149,11 @@ fn bytes(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
-            out.extend(bytes(&path).into_iter().map(|(n, b)| (format!("{name}/{n}"), b)));
+            out.extend(
+                bytes(&path)
+                    .into_iter()
+                    .map(|(n, b)| (format!("{name}/{n}"), b)),
+            );
         } else if name != "lock" {
             out.insert(name, fs::read(path).unwrap());
         }
@@ -146,7 +161,12 @@ fn bytes(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     out
 }
 
-fn train(folder: &Path, net: &mut Net, config: TrainConfig, watch: &mut dyn FnMut(&Event)) -> Result<Outcome> {
+fn train(
+    folder: &Path,
+    net: &mut Net,
+    config: TrainConfig,
+    watch: &mut dyn FnMut(&Event),
+) -> Result<Outcome> {
     let mut trainer = trainer(net, config).run_folder(folder);
     let metrics = JsonLines::new(folder.join("metrics.jsonl"));
     trainer.run(net, &Numbers, &mut Both(metrics, watch), &Cancel::new())
@@ -159,7 +179,13 @@ fn stopping_at_any_step_changes_no_byte() {
     assert_eq!(done, Outcome::Finished { step: 30 });
     let expected = bytes(whole.path());
     assert!(expected.contains_key("checkpoints/step-000000030/ema.safetensors"));
-    assert_eq!(expected["metrics.jsonl"].iter().filter(|&&b| b == b'\n').count(), 10);
+    assert_eq!(
+        expected["metrics.jsonl"]
+            .iter()
+            .filter(|&&b| b == b'\n')
+            .count(),
+        10
+    );
     for stop in 0..30 {
         let dir = tempfile::tempdir().unwrap();
         let mut net = Net::new();
@@ -168,15 +194,23 @@ fn stopping_at_any_step_changes_no_byte() {
             cancel.set();
         }
         let outcome = {
-            let mut trainer = trainer(&net, TrainConfig { log_every: 1, ..config() })
-                .run_folder(dir.path());
+            let mut trainer = trainer(
+                &net,
+                TrainConfig {
+                    log_every: 1,
+                    ..config()
+                },
+            )
+            .run_folder(dir.path());
             let asked = cancel.clone();
             let mut watch = |event: &Event| {
                 if matches!(event, Event::Step { step, .. } if *step == stop) {
                     asked.set();
                 }
             };
-            trainer.run(&mut net, &Numbers, &mut watch, &cancel).unwrap()
+            trainer
+                .run(&mut net, &Numbers, &mut watch, &cancel)
+                .unwrap()
         };
         assert_eq!(outcome, Outcome::Interrupted { step: stop });
         let mut resumed = None;
@@ -219,9 +253,17 @@ fn a_crash_loses_at_most_one_interval_and_changes_no_byte() {
             }
         }
         let mut net = Net::new();
-        let mut first = trainer(&net, TrainConfig { log_every: 1, ..config() })
-            .run_folder(dir.path());
-        first.run(&mut net, &Numbers, &mut Crash(stop), &Cancel::new()).unwrap_err();
+        let mut first = trainer(
+            &net,
+            TrainConfig {
+                log_every: 1,
+                ..config()
+            },
+        )
+        .run_folder(dir.path());
+        first
+            .run(&mut net, &Numbers, &mut Crash(stop), &Cancel::new())
+            .unwrap_err();
         drop(first);
         let mut from = None;
         train(dir.path(), &mut Net::new(), config(), &mut |event| {
@@ -233,7 +275,10 @@ fn a_crash_loses_at_most_one_interval_and_changes_no_byte() {
         assert_eq!(from.unwrap_or(0), (stop - 1) / 7 * 7, "stop {stop}");
         let found = bytes(dir.path());
         let last = |b: &BTreeMap<String, Vec<u8>>| -> Vec<(String, Vec<u8>)> {
-            b.clone().into_iter().filter(|(n, _)| n.contains("step-000000030")).collect()
+            b.clone()
+                .into_iter()
+                .filter(|(n, _)| n.contains("step-000000030"))
+                .collect()
         };
         assert_eq!(last(&found), last(&expected), "stop {stop}");
     }
@@ -254,7 +299,9 @@ fn the_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one() {
         }
     };
     let metrics = JsonLines::new(dir.path().join("metrics.jsonl"));
-    first.run(&mut net, &Numbers, &mut Both(metrics, stop), &cancel).unwrap();
+    first
+        .run(&mut net, &Numbers, &mut Both(metrics, stop), &cancel)
+        .unwrap();
     train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap();
     assert_eq!(bytes(dir.path()), bytes(whole.path()));
 }
@@ -263,12 +310,22 @@ fn the_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one() {
 fn accumulation_equals_a_larger_batch() {
     let run = |batch_size, accumulate| {
         let mut net = Net::new();
-        let config = TrainConfig { batch_size, accumulate, ..config() };
-        trainer(&net, config).run(&mut net, &Numbers, &mut Quiet, &Cancel::new()).unwrap();
+        let config = TrainConfig {
+            batch_size,
+            accumulate,
+            ..config()
+        };
+        trainer(&net, config)
+            .run(&mut net, &Numbers, &mut Quiet, &Cancel::new())
+            .unwrap();
         net.w1.flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     let (one, four) = (run(8, 1), run(2, 4));
-    let gap = one.iter().zip(&four).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let gap = one
+        .iter()
+        .zip(&four)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max);
     println!("accumulation against one batch: {gap:e}");
     assert!(gap < 1e-5, "{gap}");
 }
@@ -295,7 +352,11 @@ impl Objective for Players {
         self.log.push((ctx.step, ctx.phase));
         assert_eq!(ctx.phase, phase);
         let product = (self.x.as_tensor() * self.y.as_tensor())?.sum_all()?;
-        Ok(vec![Loss::new("product", product).weight(if phase == 0 { 1.0 } else { -1.0 })])
+        Ok(vec![Loss::new("product", product).weight(if phase == 0 {
+            1.0
+        } else {
+            -1.0
+        })])
     }
 }
 
@@ -305,12 +366,22 @@ fn players_alternate_and_touch_only_their_own() {
     let x = Var::new(&[1f32], cpu).unwrap();
     let y = Var::new(&[1f32], cpu).unwrap();
     let params = BTreeMap::from([("x".into(), x.clone()), ("y".into(), y.clone())]);
-    let config = TrainConfig { steps: 1, lr: 0.5, ..TrainConfig::default() };
+    let config = TrainConfig {
+        steps: 1,
+        lr: 0.5,
+        ..TrainConfig::default()
+    };
     let mut adamw = config.clone();
     adamw.adamw.weight_decay = 0.0;
-    let mut objective = Players { x: x.clone(), y: y.clone(), log: Vec::new() };
+    let mut objective = Players {
+        x: x.clone(),
+        y: y.clone(),
+        log: Vec::new(),
+    };
     let mut trainer = Trainer::new(params, adamw.check().unwrap()).unwrap();
-    trainer.run(&mut objective, &Numbers, &mut Quiet, &Cancel::new()).unwrap();
+    trainer
+        .run(&mut objective, &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap();
     assert_eq!(objective.log, [(0, 0), (0, 1)]);
     // The first Adam step has length lr: x falls by 0.5; then y rises, since the new x is positive.
     assert!((x.to_vec1::<f32>().unwrap()[0] - 0.5).abs() < 1e-6);
@@ -326,10 +397,19 @@ fn clipping_bounds_the_first_update_direction_and_is_reported() {
             norms.push(*grad_norm);
         }
     };
-    let config = TrainConfig { clip_norm: Some(1e-3), log_every: 1, ..config() };
-    trainer(&net, config).run(&mut net, &Numbers, &mut watch, &Cancel::new()).unwrap();
+    let config = TrainConfig {
+        clip_norm: Some(1e-3),
+        log_every: 1,
+        ..config()
+    };
+    trainer(&net, config)
+        .run(&mut net, &Numbers, &mut watch, &Cancel::new())
+        .unwrap();
     assert_eq!(norms.len(), 30);
-    assert!(norms.iter().all(|&n| n > 1e-3 && n.is_finite()), "the norm is that before clipping");
+    assert!(
+        norms.iter().all(|&n| n > 1e-3 && n.is_finite()),
+        "the norm is that before clipping"
+    );
 }
 
 #[test]
@@ -347,7 +427,12 @@ fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
             let error = train(dir.path(), &mut net, config(), &mut |_| {}).unwrap_err();
             assert!(matches!(error, Error::Numeric(_)), "{error}");
             let text = error.to_string();
-            for part in [expected, &format!("step {}", step + 1), "examples ", "first time 0."] {
+            for part in [
+                expected,
+                &format!("step {}", step + 1),
+                "examples ",
+                "first time 0.",
+            ] {
                 assert!(text.contains(part), "`{text}` lacks `{part}`");
             }
             let stands = match step / 7 * 7 {
@@ -368,12 +453,22 @@ fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
                 if step == 0 {
                     cancel.set();
                 }
-                trainer(&reference, TrainConfig { log_every: 1, ..config() })
-                    .run(&mut reference, &Numbers, &mut stop, &cancel)
-                    .unwrap();
+                trainer(
+                    &reference,
+                    TrainConfig {
+                        log_every: 1,
+                        ..config()
+                    },
+                )
+                .run(&mut reference, &Numbers, &mut stop, &cancel)
+                .unwrap();
                 for (name, var) in net.params() {
                     let values = |v: &Var| v.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                    assert_eq!(values(&var), values(&reference.params()[&name]), "{fault} {name}");
+                    assert_eq!(
+                        values(&var),
+                        values(&reference.params()[&name]),
+                        "{fault} {name}"
+                    );
                 }
             }
         }
@@ -381,12 +476,21 @@ fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
 }
 
 fn with_policy(policy: Policy) -> TrainConfig {
-    TrainConfig { guard: GuardConfig { policy, spike: SpikeRule::default() }, ..config() }
+    TrainConfig {
+        guard: GuardConfig {
+            policy,
+            spike: SpikeRule::default(),
+        },
+        ..config()
+    }
 }
 
 #[test]
 fn skipping_leaves_out_single_steps_and_gives_up_on_many() {
-    let policy = || Policy::Skip { max_in_row: 2, max_fraction: 0.1 };
+    let policy = || Policy::Skip {
+        max_in_row: 2,
+        max_fraction: 0.1,
+    };
     let mut net = Net::new();
     net.faults = BTreeMap::from([(3, "nan"), (4, "gradient"), (11, "large")]);
     let mut skipped = Vec::new();
@@ -419,13 +523,16 @@ fn rolling_back_mends_weights_and_leaves_out_the_step() {
         let mut net = Net::new();
         net.faults.insert(10, fault);
         let mut log = Vec::new();
-        train(dir.path(), &mut net, with_policy(Policy::Rollback { max_in_row: 3 }), &mut |event| {
-            match event {
+        train(
+            dir.path(),
+            &mut net,
+            with_policy(Policy::Rollback { max_in_row: 3 }),
+            &mut |event| match event {
                 Event::RolledBack { step, to, .. } => log.push(("back", *step, *to)),
                 Event::Skipped { step, .. } => log.push(("skip", *step, 0)),
                 _ => {}
-            }
-        })
+            },
+        )
         .unwrap();
         assert_eq!(log, [("back", 11, 7), ("skip", 11, 0)]);
         assert_eq!(net.seen[..14], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 7, 8, 9]);
@@ -434,7 +541,11 @@ fn rolling_back_mends_weights_and_leaves_out_the_step() {
         let text = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
         let steps: Vec<u64> = text
             .lines()
-            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap())
+            .map(|l| {
+                serde_json::from_str::<serde_json::Value>(l).unwrap()["step"]
+                    .as_u64()
+                    .unwrap()
+            })
             .collect();
         assert_eq!(steps, [3, 6, 9, 11, 12, 15, 18, 21, 24, 27, 30]);
     }
@@ -443,7 +554,10 @@ fn rolling_back_mends_weights_and_leaves_out_the_step() {
     let dir = tempfile::tempdir().unwrap();
     let policy = with_policy(Policy::Rollback { max_in_row: 3 });
     let error = train(dir.path(), &mut net, policy.clone(), &mut |_| {}).unwrap_err();
-    assert!(error.to_string().contains("3 rollbacks did not help"), "{error}");
+    assert!(
+        error.to_string().contains("3 rollbacks did not help"),
+        "{error}"
+    );
     let error = trainer(&Net::new(), policy)
         .run(&mut Net::new(), &Numbers, &mut Quiet, &Cancel::new())
         .unwrap_err();
@@ -481,36 +595,62 @@ fn a_spike_is_reported_and_a_rollback_recovers_from_it() {
     let (spikes, recovered) = run(Policy::Rollback { max_in_row: 3 }, true);
     assert_eq!(spikes, [221]);
     println!("mean loss {clean} clean, {recovered} after a rollback");
-    assert!((recovered / clean - 1.0).abs() < 0.02, "{recovered} {clean}");
+    assert!(
+        (recovered / clean - 1.0).abs() < 0.02,
+        "{recovered} {clean}"
+    );
 }
 
 #[test]
 fn another_configuration_or_model_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap();
-    let other = TrainConfig { batch_size: 8, steps: 60, ..config() };
+    let other = TrainConfig {
+        batch_size: 8,
+        steps: 60,
+        ..config()
+    };
     let error = train(dir.path(), &mut Net::new(), other.clone(), &mut |_| {}).unwrap_err();
     assert!(matches!(error, Error::Checkpoint(_)));
     let text = error.to_string();
-    assert!(text.contains("batch_size was 4, is 8") && text.contains("steps was 30, is 60"), "{text}");
+    assert!(
+        text.contains("batch_size was 4, is 8") && text.contains("steps was 30, is 60"),
+        "{text}"
+    );
     let mut net = Net::new();
-    let mut allowed = trainer(&net, other).run_folder(dir.path()).allow_config_change();
-    let outcome = allowed.run(&mut net, &Numbers, &mut Quiet, &Cancel::new()).unwrap();
+    let mut allowed = trainer(&net, other)
+        .run_folder(dir.path())
+        .allow_config_change();
+    let outcome = allowed
+        .run(&mut net, &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap();
     assert_eq!(outcome, Outcome::Finished { step: 60 });
 
     let mut net = Net::new();
     let mut params = net.params();
-    params.insert("w3".into(), Var::zeros(2, DType::F32, &Device::Cpu).unwrap());
+    params.insert(
+        "w3".into(),
+        Var::zeros(2, DType::F32, &Device::Cpu).unwrap(),
+    );
     let mut grown = Trainer::new(params, config().check().unwrap())
         .unwrap()
         .run_folder(dir.path())
         .allow_config_change();
-    let error = grown.run(&mut net, &Numbers, &mut Quiet, &Cancel::new()).unwrap_err().to_string();
+    let error = grown
+        .run(&mut net, &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("`w3`: missing"), "{error}");
 
     let mut net = Net::new();
-    let mut named = trainer(&net, config()).run_folder(dir.path()).identity("another model");
-    assert!(named.run(&mut net, &Numbers, &mut Quiet, &Cancel::new()).is_err());
+    let mut named = trainer(&net, config())
+        .run_folder(dir.path())
+        .identity("another model");
+    assert!(
+        named
+            .run(&mut net, &Numbers, &mut Quiet, &Cancel::new())
+            .is_err()
+    );
 }
 
 #[test]
@@ -519,10 +659,16 @@ fn a_full_disk_stops_or_is_survived() {
         let dir = tempfile::tempdir().unwrap();
         let mut net = Net::new();
         let storage = Faulty::new(DiskStorage::new(), 12, Fault::NoSpace);
-        let config = TrainConfig { save_failure: policy, ..config() };
-        let mut trainer = trainer(&net, config).run_folder(dir.path()).storage(Box::new(storage));
+        let config = TrainConfig {
+            save_failure: policy,
+            ..config()
+        };
+        let mut trainer = trainer(&net, config)
+            .run_folder(dir.path())
+            .storage(Box::new(storage));
         let mut failed = 0;
-        let mut watch = |event: &Event| failed += u64::from(matches!(event, Event::SaveFailed { .. }));
+        let mut watch =
+            |event: &Event| failed += u64::from(matches!(event, Event::SaveFailed { .. }));
         let result = trainer.run(&mut net, &Numbers, &mut watch, &Cancel::new());
         if survives {
             assert_eq!(result.unwrap(), Outcome::Finished { step: 30 });
@@ -536,7 +682,10 @@ fn a_full_disk_stops_or_is_survived() {
 #[test]
 fn time_runs_out_and_the_run_goes_on_later() {
     let dir = tempfile::tempdir().unwrap();
-    let short = TrainConfig { max_minutes: Some(1e-9), ..config() };
+    let short = TrainConfig {
+        max_minutes: Some(1e-9),
+        ..config()
+    };
     let outcome = train(dir.path(), &mut Net::new(), short, &mut |_| {}).unwrap();
     assert_eq!(outcome, Outcome::OutOfTime { step: 0 });
     let outcome = train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap();
@@ -549,7 +698,10 @@ fn a_run_folder_in_use_is_refused() {
     let mut lock = RunLock::open(dir.path()).unwrap();
     let _guard = lock.acquire().unwrap();
     let error = train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap_err();
-    assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+    assert!(
+        error.to_string().contains(&std::process::id().to_string()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -557,15 +709,28 @@ fn rejected_checkpoints_are_reported_and_the_one_before_is_used() {
     let dir = tempfile::tempdir().unwrap();
     train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap();
     let expected = bytes(dir.path());
-    fs::write(dir.path().join("checkpoints/step-000000030/params.safetensors"), b"").unwrap();
-    let mut log = Vec::new();
-    train(dir.path(), &mut Net::new(), config(), &mut |event| match event {
-        Event::Rejected { path, why } => log.push(format!("{} {why}", path.display())),
-        Event::Started { resumed_from } => log.push(format!("{resumed_from:?}")),
-        _ => {}
-    })
+    fs::write(
+        dir.path()
+            .join("checkpoints/step-000000030/params.safetensors"),
+        b"",
+    )
     .unwrap();
-    assert!(log[0].contains("step-000000030") && log[0].contains("params.safetensors"), "{log:?}");
+    let mut log = Vec::new();
+    train(
+        dir.path(),
+        &mut Net::new(),
+        config(),
+        &mut |event| match event {
+            Event::Rejected { path, why } => log.push(format!("{} {why}", path.display())),
+            Event::Started { resumed_from } => log.push(format!("{resumed_from:?}")),
+            _ => {}
+        },
+    )
+    .unwrap();
+    assert!(
+        log[0].contains("step-000000030") && log[0].contains("params.safetensors"),
+        "{log:?}"
+    );
     assert_eq!(log[1], "Some(28)");
     assert_eq!(bytes(dir.path()), expected);
 }
@@ -582,8 +747,15 @@ fn losses_without_a_gradient_are_refused() {
     let x = Var::new(&[1f32], &Device::Cpu).unwrap();
     let params = BTreeMap::from([("x".into(), x.clone())]);
     let mut trainer = Trainer::new(params, config().check().unwrap()).unwrap();
-    let error = trainer.run(&mut Detached(x), &Numbers, &mut Quiet, &Cancel::new()).unwrap_err();
-    assert!(error.to_string().contains("no parameter received a gradient"), "{error}");
+    let error = trainer
+        .run(&mut Detached(x), &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("no parameter received a gradient"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -594,7 +766,11 @@ fn memory_does_not_grow() {
         Some(text.split(' ').nth(1)?.parse::<f64>().ok()? * 4.0 / 1024.0)
     };
     let mut net = Net::new();
-    let config = TrainConfig { steps: 3000, log_every: 100, ..config() };
+    let config = TrainConfig {
+        steps: 3000,
+        log_every: 100,
+        ..config()
+    };
     let mut samples = Vec::new();
     let mut watch = |event: &Event| {
         if let (Event::Step { step, .. }, Some(mib)) = (event, resident()) {
@@ -603,13 +779,20 @@ fn memory_does_not_grow() {
             }
         }
     };
-    trainer(&net, config).run(&mut net, &Numbers, &mut watch, &Cancel::new()).unwrap();
+    trainer(&net, config)
+        .run(&mut net, &Numbers, &mut watch, &Cancel::new())
+        .unwrap();
     if samples.is_empty() {
         return;
     }
     let n = samples.len() as f64;
-    let (mx, my) = samples.iter().fold((0.0, 0.0), |(a, b), (x, y)| (a + x / n, b + y / n));
-    let slope = samples.iter().map(|(x, y)| (x - mx) * (y - my)).sum::<f64>()
+    let (mx, my) = samples
+        .iter()
+        .fold((0.0, 0.0), |(a, b), (x, y)| (a + x / n, b + y / n));
+    let slope = samples
+        .iter()
+        .map(|(x, y)| (x - mx) * (y - my))
+        .sum::<f64>()
         / samples.iter().map(|(x, _)| (x - mx).powi(2)).sum::<f64>();
     println!("memory: {:.4} MiB a hundred steps", slope * 100.0);
     // Other tests of this binary run at the same time; alone it is below 0.01.
@@ -620,7 +803,9 @@ fn memory_does_not_grow() {
 fn averaged_weights_can_be_used_in_place() {
     let mut net = Net::new();
     let mut trainer = trainer(&net, config());
-    trainer.run(&mut net, &Numbers, &mut Quiet, &Cancel::new()).unwrap();
+    trainer
+        .run(&mut net, &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap();
     let ema = trainer.ema().unwrap();
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_ne!(values(&ema["w1"]), values(&net.w1));

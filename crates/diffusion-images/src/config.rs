@@ -45,7 +45,11 @@ pub struct ProcessConfig {
 
 impl Default for ProcessConfig {
     fn default() -> Self {
-        Self { steps: 1000, betas: BetaSchedule::ddpm(1000), zero_terminal_snr: false }
+        Self {
+            steps: 1000,
+            betas: BetaSchedule::ddpm(1000),
+            zero_terminal_snr: false,
+        }
     }
 }
 
@@ -56,7 +60,11 @@ impl ProcessConfig {
     /// `Config` for impossible betas.
     pub fn table(&self) -> Result<Table> {
         let table = self.betas.table(self.steps)?;
-        Ok(if self.zero_terminal_snr { table.rescaled_to_zero_terminal_snr() } else { table })
+        Ok(if self.zero_terminal_snr {
+            table.rescaled_to_zero_terminal_snr()
+        } else {
+            table
+        })
     }
 }
 
@@ -104,9 +112,13 @@ impl ImageConfig {
     /// `Config` naming the file, the key and what was expected.
     pub fn from_toml(text: &str, at: &str, base: &ImageConfig) -> Result<Self> {
         let wrong = |what: String| {
-            Report::new(at, what).remedy("see `diffusion images train --print-config`").config()
+            Report::new(at, what)
+                .remedy("see `diffusion images train --print-config`")
+                .config()
         };
-        let overlay: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let overlay: toml::Table = text
+            .parse()
+            .map_err(|e: toml::de::Error| wrong(e.to_string()))?;
         let mut merged = toml::Table::try_from(base).map_err(|e| wrong(e.to_string()))?;
         merge(&mut merged, overlay);
         serde_path_to_error::deserialize(toml::Value::Table(merged))
@@ -132,13 +144,18 @@ impl ImageConfig {
                 .config());
         }
         if self.process.steps == 0 || self.process.steps > 100_000 {
-            return Err(Report::new("process.steps", self.process.steps).expected("1 to 100000").config());
+            return Err(Report::new("process.steps", self.process.steps)
+                .expected("1 to 100000")
+                .config());
         }
         if self.process.zero_terminal_snr && self.predicts == Predicts::Epsilon {
-            return Err(Report::new("process.zero_terminal_snr", "true with predicts = \"epsilon\"")
-                .expected("a prediction that is defined without signal")
-                .remedy("set predicts = \"v_prediction\"")
-                .config());
+            return Err(Report::new(
+                "process.zero_terminal_snr",
+                "true with predicts = \"epsilon\"",
+            )
+            .expected("a prediction that is defined without signal")
+            .remedy("set predicts = \"v_prediction\"")
+            .config());
         }
         self.process.table()?;
         self.network.check().map_err(crate::from_nn)?;
@@ -158,7 +175,8 @@ impl ImageConfig {
             BetaSchedule::Cosine => ("squaredcos_cap_v2", 1e-4, 0.02, None),
             BetaSchedule::Custom { betas } => ("linear", 1e-4, 0.02, Some(betas)),
         };
-        let predicts = serde_json::to_value(self.predicts).map_err(|e| Report::new("predicts", e).config())?;
+        let predicts =
+            serde_json::to_value(self.predicts).map_err(|e| Report::new("predicts", e).config())?;
         Ok(serde_json::json!({
             "_class_name": "DDPMScheduler",
             "_diffusers_version": "0.42.1",
@@ -185,7 +203,9 @@ fn merge(base: &mut toml::Table, overlay: toml::Table) {
     for (key, value) in overlay {
         match (base.get_mut(&key), value) {
             // A tagged choice (`kind = …`) is one value: mixing two would leave stray fields.
-            (Some(toml::Value::Table(old)), toml::Value::Table(new)) if !new.contains_key("kind") => {
+            (Some(toml::Value::Table(old)), toml::Value::Table(new))
+                if !new.contains_key("kind") =>
+            {
                 merge(old, new);
             }
             (_, value) => {
@@ -220,16 +240,30 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let base = ImageConfig::default();
-        let message = |text: &str| ImageConfig::from_toml(text, "a.toml", &base).unwrap_err().to_string();
+        let message = |text: &str| {
+            ImageConfig::from_toml(text, "a.toml", &base)
+                .unwrap_err()
+                .to_string()
+        };
         assert!(message("[train]\nstepz = 7").contains("stepz"));
         assert!(message("[train]\nsteps = \"x\"").contains("train.steps"));
         assert!(message("[train").contains("a.toml"));
         assert!(message("predicts = \"noise\"").contains("predicts"));
         let mut bad = base.clone();
         bad.process.zero_terminal_snr = true;
-        assert!(bad.check().unwrap_err().to_string().contains("v_prediction"));
+        assert!(
+            bad.check()
+                .unwrap_err()
+                .to_string()
+                .contains("v_prediction")
+        );
         let mut bad = base;
         bad.label_dropout = f64::NAN;
-        assert!(bad.check().unwrap_err().to_string().contains("label_dropout"));
+        assert!(
+            bad.check()
+                .unwrap_err()
+                .to_string()
+                .contains("label_dropout")
+        );
     }
 }

@@ -87,20 +87,31 @@ pub struct SampleRequest {
 ///
 /// # Errors
 /// `Io`, and `Config` when weights are missing.
-pub fn save(path: &Path, config: &ImageConfig, classes: &[String], weights: &BTreeMap<String, Tensor>) -> Result<()> {
+pub fn save(
+    path: &Path,
+    config: &ImageConfig,
+    classes: &[String],
+    weights: &BTreeMap<String, Tensor>,
+) -> Result<()> {
     let mut weights = weights.clone();
     let mut network = config.network.clone();
     if let Some(table) = weights.remove(CLASS_WEIGHT) {
         network.num_class_embeds = None;
         let null = table.get(table.dim(0)? - 1)?;
         let Some(bias) = weights.get(TIME_BIAS) else {
-            return Err(Report::new(TIME_BIAS, "missing").expected("the weights of a UNet").input());
+            return Err(Report::new(TIME_BIAS, "missing")
+                .expected("the weights of a UNet")
+                .input());
         };
         weights.insert(TIME_BIAS.into(), (bias + &null)?);
-        let relative = table.narrow(0, 0, table.dim(0)? - 1)?.broadcast_sub(&null)?;
+        let relative = table
+            .narrow(0, 0, table.dim(0)? - 1)?
+            .broadcast_sub(&null)?;
         let folder = path.join("class_embedding");
         std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
-        let text = to_json(&Classes { names: classes.to_vec() })?;
+        let text = to_json(&Classes {
+            names: classes.to_vec(),
+        })?;
         write_atomic(&folder.join("config.json"), text.as_bytes())?;
         write_safetensors_atomic(
             &folder.join(format!("{STEM}.safetensors")),
@@ -108,9 +119,16 @@ pub fn save(path: &Path, config: &ImageConfig, classes: &[String], weights: &BTr
             &BTreeMap::from([("format".to_string(), "pt".to_string())]),
         )?;
     }
-    let mut unet = serde_json::to_value(&network).map_err(|e| Report::new("network", e).config())?;
+    let mut unet =
+        serde_json::to_value(&network).map_err(|e| Report::new("network", e).config())?;
     unet["_class_name"] = "UNet2DModel".into();
-    write_pipeline(path, "DDPMPipeline", unet, &weights, config.scheduler_json()?)
+    write_pipeline(
+        path,
+        "DDPMPipeline",
+        unet,
+        &weights,
+        config.scheduler_json()?,
+    )
 }
 
 /// The configuration of a folder's network.
@@ -123,7 +141,9 @@ fn network_config(folder: &DiffusersFolder) -> Result<UNet2DConfig> {
             .expected("the configuration of a UNet2DModel")
             .input()
     })?;
-    config.check().map_err(|error| Report::file(&file, error).config())?;
+    config
+        .check()
+        .map_err(|error| Report::file(&file, error).config())?;
     Ok(config)
 }
 
@@ -141,9 +161,12 @@ impl ImageModel {
         let folder = DiffusersFolder::open(path, &limits)?;
         let component = folder.component("unet")?;
         if component.class != "UNet2DModel" {
-            return Err(Report::file(&path.join("model_index.json"), format!("unet: {}", component.class))
-                .expected("UNet2DModel")
-                .unsupported());
+            return Err(Report::file(
+                &path.join("model_index.json"),
+                format!("unet: {}", component.class),
+            )
+            .expected("UNet2DModel")
+            .unsupported());
         }
         let mut config = network_config(&folder)?;
         let mut weights = translate_deprecated(&folder.weights("unet")?)?;
@@ -152,12 +175,17 @@ impl ImageModel {
         if conditions.is_dir() {
             let file = conditions.join("config.json");
             let text = limits.read_text(&file)?;
-            let read: Classes = serde_json::from_str(&text)
-                .map_err(|e| Report::file(&file, e).expected("the names of the classes").input())?;
+            let read: Classes = serde_json::from_str(&text).map_err(|e| {
+                Report::file(&file, e)
+                    .expected("the names of the classes")
+                    .input()
+            })?;
             classes = read.names;
             let file = conditions.join(format!("{STEM}.safetensors"));
             let Some(table) = read_safetensors(&file, &limits)?.remove("weight") else {
-                return Err(Report::file(&file, "no tensor `weight`").expected("one row a class").input());
+                return Err(Report::file(&file, "no tensor `weight`")
+                    .expected("one row a class")
+                    .input());
             };
             if table.rank() != 2 || table.dim(0)? != classes.len() {
                 return Err(Report::file(&file, format!("shape {:?}", table.dims()))
@@ -168,18 +196,29 @@ impl ImageModel {
             config.num_class_embeds = Some(classes.len() + 1);
             weights.insert(CLASS_WEIGHT.into(), Tensor::cat(&[&table, &null], 0)?);
         } else if let Some(count) = config.num_class_embeds {
-            classes = (0..count.saturating_sub(1)).map(|k| k.to_string()).collect();
+            classes = (0..count.saturating_sub(1))
+                .map(|k| k.to_string())
+                .collect();
         }
         let scheduler = folder.scheduler()?;
         let parameters = weights.values().map(Tensor::elem_count).sum();
-        let network = Store::serve(&weights, DType::F32, device, |scope| UNet2D::new(&config, scope))
-            .map_err(|error| match error {
-                diffusion_nn::Error::Candle(error) => Error::Tensor(error),
-                other => Report::file(&path.join("unet"), other)
-                    .expected("the weights of the network in unet/config.json")
-                    .input(),
-            })?;
-        Ok(Self { network, config, scheduler, classes, device: device.clone(), parameters })
+        let network = Store::serve(&weights, DType::F32, device, |scope| {
+            UNet2D::new(&config, scope)
+        })
+        .map_err(|error| match error {
+            diffusion_nn::Error::Candle(error) => Error::Tensor(error),
+            other => Report::file(&path.join("unet"), other)
+                .expected("the weights of the network in unet/config.json")
+                .input(),
+        })?;
+        Ok(Self {
+            network,
+            config,
+            scheduler,
+            classes,
+            device: device.clone(),
+            parameters,
+        })
     }
 
     /// Names of the classes, empty for an unconditional model.
@@ -213,7 +252,9 @@ impl ImageModel {
     /// `Unsupported` for schedulers without one.
     pub fn table(&self) -> Result<Table> {
         self.scheduler.table().cloned().ok_or_else(|| {
-            Report::new("scheduler", self.scheduler.class()).expected("a table of training steps").unsupported()
+            Report::new("scheduler", self.scheduler.class())
+                .expected("a table of training steps")
+                .unsupported()
         })
     }
 
@@ -226,7 +267,9 @@ impl ImageModel {
             Some(SampleSize::Side(side)) => (side, side),
             Some(SampleSize::HeightWidth([height, width])) => (height, width),
             None => {
-            return Err(Report::new("unet/config.json: sample_size", "null").expected("the size of an image").config());
+                return Err(Report::new("unet/config.json: sample_size", "null")
+                    .expected("the size of an image")
+                    .config());
             }
         };
         Ok([self.config.in_channels, height, width])
@@ -249,14 +292,20 @@ impl ImageModel {
         let null = self.classes.len() as u32;
         let labels = labels.map(<[u32]>::to_vec);
         let conditional = self.config.num_class_embeds.is_some();
-        Ok(Network::new(self.scheduler.kind(), TimeCode::Index, move |x: &Tensor, t: &Tensor| {
-            let labels = match (&labels, conditional) {
-                (_, false) => None,
-                (Some(labels), true) => Some(Tensor::new(labels.as_slice(), &self.device)?),
-                (None, true) => Some(Tensor::full(null, x.dim(0)?, &self.device)?),
-            };
-            self.network.forward(x, t, labels.as_ref(), Mode::Eval).map_err(from_nn)
-        }))
+        Ok(Network::new(
+            self.scheduler.kind(),
+            TimeCode::Index,
+            move |x: &Tensor, t: &Tensor| {
+                let labels = match (&labels, conditional) {
+                    (_, false) => None,
+                    (Some(labels), true) => Some(Tensor::new(labels.as_slice(), &self.device)?),
+                    (None, true) => Some(Tensor::full(null, x.dim(0)?, &self.device)?),
+                };
+                self.network
+                    .forward(x, t, labels.as_ref(), Mode::Eval)
+                    .map_err(from_nn)
+            },
+        ))
     }
 
     /// Samples images, `[count, C, H, W]` in `[−1, 1]`.
@@ -278,7 +327,11 @@ impl ImageModel {
             let labels = request.labels.as_ref().map(|l| &l[start..end]);
             let items = start as u64..end as u64;
             let mut noise = CounterNoise::new(request.seed, items.clone());
-            let like = Tensor::zeros((end - start, shape[0], shape[1], shape[2]), DType::F32, &self.device)?;
+            let like = Tensor::zeros(
+                (end - start, shape[0], shape[1], shape[2]),
+                DType::F32,
+                &self.device,
+            )?;
             let x = prior(&like, &points[0], &mut noise)?;
             let denoiser = self.guided(labels, request)?;
             parts.push(solver.solve(x, &mut Ctx::new(&*denoiser, &mut noise, items), watch)?);
@@ -287,11 +340,18 @@ impl ImageModel {
     }
 
     /// The denoiser of a request: conditional, guided, clipped.
-    fn guided<'a>(&'a self, labels: Option<&[u32]>, request: &SampleRequest) -> Result<Box<dyn Denoiser + 'a>> {
+    fn guided<'a>(
+        &'a self,
+        labels: Option<&[u32]>,
+        request: &SampleRequest,
+    ) -> Result<Box<dyn Denoiser + 'a>> {
         let clip = request.clip;
         let conditional = self.denoiser(labels)?;
         if labels.is_none() || request.guidance == 1.0 {
-            return Ok(Box::new(Thresholded { inner: conditional, clip }));
+            return Ok(Box::new(Thresholded {
+                inner: conditional,
+                clip,
+            }));
         }
         let guided = ClassifierFree {
             conditional,
@@ -299,16 +359,23 @@ impl ImageModel {
             weight: request.guidance,
             rescale: 0.0,
         };
-        Ok(Box::new(Thresholded { inner: guided, clip }))
+        Ok(Box::new(Thresholded {
+            inner: guided,
+            clip,
+        }))
     }
 
     fn check(&self, request: &SampleRequest) -> Result<()> {
         request.clip.check()?;
         if request.count == 0 {
-            return Err(Report::new("number of images", 0).expected("at least 1").config());
+            return Err(Report::new("number of images", 0)
+                .expected("at least 1")
+                .config());
         }
         if !request.guidance.is_finite() || request.guidance < 0.0 {
-            return Err(Report::new("guidance", request.guidance).expected("a number of at least 0").config());
+            return Err(Report::new("guidance", request.guidance)
+                .expected("a number of at least 0")
+                .config());
         }
         match &request.labels {
             Some(labels) if labels.len() != request.count => {

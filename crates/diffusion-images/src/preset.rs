@@ -8,9 +8,15 @@ use diffusion_nn::net::unet2d::{DownBlockType, SampleSize, UpBlockType};
 
 /// Every preset, with what it is for.
 pub const PRESETS: [(&str, &str); 4] = [
-    ("auto", "the largest of the others that suits the size of the images"),
+    (
+        "auto",
+        "the largest of the others that suits the size of the images",
+    ),
     ("tiny", "a few thousand parameters, for trying things out"),
-    ("small", "about 0.7 M parameters, for images up to 16x16 and a few minutes on two cores"),
+    (
+        "small",
+        "about 0.7 M parameters, for images up to 16x16 and a few minutes on two cores",
+    ),
     ("medium", "about 1.6 M parameters, for 28x28 and 32x32"),
 ];
 
@@ -24,10 +30,22 @@ struct Shape {
     lr: f64,
 }
 
-const TINY: Shape =
-    Shape { channels: &[8, 16], groups: 4, attention_below: 4, batch: 16, steps: 200, lr: 2e-3 };
-const SMALL: Shape =
-    Shape { channels: &[32, 64], groups: 8, attention_below: 4, batch: 64, steps: 3000, lr: 2e-3 };
+const TINY: Shape = Shape {
+    channels: &[8, 16],
+    groups: 4,
+    attention_below: 4,
+    batch: 16,
+    steps: 200,
+    lr: 2e-3,
+};
+const SMALL: Shape = Shape {
+    channels: &[32, 64],
+    groups: 8,
+    attention_below: 4,
+    batch: 64,
+    steps: 3000,
+    lr: 2e-3,
+};
 const MEDIUM: Shape = Shape {
     channels: &[32, 64, 64],
     groups: 8,
@@ -62,7 +80,10 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
             batch_size: shape.batch,
             lr: shape.lr,
             schedule: schedule(shape.steps),
-            adamw: AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() },
+            adamw: AdamWConfig {
+                weight_decay: 0.0,
+                ..AdamWConfig::default()
+            },
             // The first steps of a short run must not linger in the average.
             ema: EmaRule::Warmup {
                 decay: 0.999,
@@ -78,30 +99,44 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
         ..ImageConfig::default()
     };
     let levels = shape.channels.len();
-    let attention: Vec<bool> =
-        (0..levels).map(|level| side >> level <= shape.attention_below).collect();
+    let attention: Vec<bool> = (0..levels)
+        .map(|level| side >> level <= shape.attention_below)
+        .collect();
     let network = &mut config.network;
     network.block_out_channels = shape.channels.to_vec();
     network.layers_per_block = 1;
     network.norm_num_groups = Some(shape.groups);
-    network.down_block_types =
-        attention
-            .iter()
-            .map(|a| if *a { DownBlockType::AttnDownBlock2D } else { DownBlockType::DownBlock2D })
-            .collect();
-    network.up_block_types =
-        attention
-            .iter()
-            .rev()
-            .map(|a| if *a { UpBlockType::AttnUpBlock2D } else { UpBlockType::UpBlock2D })
-            .collect();
+    network.down_block_types = attention
+        .iter()
+        .map(|a| {
+            if *a {
+                DownBlockType::AttnDownBlock2D
+            } else {
+                DownBlockType::DownBlock2D
+            }
+        })
+        .collect();
+    network.up_block_types = attention
+        .iter()
+        .rev()
+        .map(|a| {
+            if *a {
+                UpBlockType::AttnUpBlock2D
+            } else {
+                UpBlockType::UpBlock2D
+            }
+        })
+        .collect();
     fit(&mut config, data)?;
     Ok(config)
 }
 
 /// A short warm-up and a cosine down to a fiftieth.
 fn schedule(steps: u64) -> LrSchedule {
-    LrSchedule::CosineToFloor { warmup: 100.min(steps / 10), floor: 0.02 }
+    LrSchedule::CosineToFloor {
+        warmup: 100.min(steps / 10),
+        floor: 0.02,
+    }
 }
 
 /// Another number of steps, with the learning rate's schedule stretched to it.
@@ -120,10 +155,15 @@ pub fn fit(config: &mut ImageConfig, data: &Dataset) -> Result<()> {
     let halvings = config.network.block_out_channels.len().saturating_sub(1);
     for (what, side) in [("height", data.height()), ("width", data.width())] {
         if side % (1 << halvings) != 0 || side == 0 {
-            return Err(Report::new(format!("image {what}"), format!("{side} pixels"))
-                .expected(format!("a multiple of {}, as the network halves {halvings} times", 1 << halvings))
-                .remedy("resize the images (--size) or choose a network with fewer levels")
-                .config());
+            return Err(
+                Report::new(format!("image {what}"), format!("{side} pixels"))
+                    .expected(format!(
+                        "a multiple of {}, as the network halves {halvings} times",
+                        1 << halvings
+                    ))
+                    .remedy("resize the images (--size) or choose a network with fewer levels")
+                    .config(),
+            );
         }
     }
     let classes = data.classes().len();

@@ -27,7 +27,9 @@ pub fn config_file(model: &Path) -> PathBuf {
 pub fn stored_config(model: &Path) -> Result<ImageConfig> {
     let file = config_file(model);
     match std::fs::read_to_string(&file) {
-        Ok(text) => ImageConfig::from_toml(&text, &file.display().to_string(), &ImageConfig::default()),
+        Ok(text) => {
+            ImageConfig::from_toml(&text, &file.display().to_string(), &ImageConfig::default())
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Err(Report::file(&file, "no such file")
                 .expected("a run to resume")
@@ -40,10 +42,16 @@ pub fn stored_config(model: &Path) -> Result<ImageConfig> {
 
 /// What decides a run's numbers beside the training configuration.
 fn identity(config: &ImageConfig, data: &Dataset) -> Result<String> {
-    let model = ImageConfig { train: Default::default(), ..config.clone() };
+    let model = ImageConfig {
+        train: Default::default(),
+        ..config.clone()
+    };
     let (name, n) = (data.name(), data.len());
     let shape = [data.channels(), data.height(), data.width()];
-    Ok(format!("{}\ndata {name}: {n} images of {shape:?}", model.to_toml()?))
+    Ok(format!(
+        "{}\ndata {name}: {n} images of {shape:?}",
+        model.to_toml()?
+    ))
 }
 
 /// Trains in the folder `out` until the end, or until `cancel` is set, and writes the model.
@@ -79,7 +87,10 @@ pub fn train(
     if !resume {
         write_atomic(&config_file(out), config.to_toml()?.as_bytes())?;
     }
-    let source = Images { data, device: device.clone() };
+    let source = Images {
+        data,
+        device: device.clone(),
+    };
     let outcome = trainer.run(&mut task, &source, observer, cancel)?;
     let weights = trainer.ema()?;
     model::save(out, config, data.classes(), &weights)?;

@@ -40,7 +40,10 @@ impl Source for Images<'_> {
 
     fn batch(&self, items: &[usize], _: u64) -> Result<Batch> {
         let (images, _) = self.data.batch(items, &self.device)?;
-        let labels = self.data.labels().map(|all| items.iter().map(|i| all[*i]).collect());
+        let labels = self
+            .data
+            .labels()
+            .map(|all| items.iter().map(|i| all[*i]).collect());
         Ok(Batch { images, labels })
     }
 }
@@ -68,7 +71,13 @@ impl Task {
             weight: config.weight,
             time: config.time,
         };
-        Ok(Self { network, store, objective, config: config.clone(), device: device.clone() })
+        Ok(Self {
+            network,
+            store,
+            objective,
+            config: config.clone(),
+            device: device.clone(),
+        })
     }
 
     /// The trainable parameters by name.
@@ -83,7 +92,9 @@ impl Task {
 
     /// Labels of a batch, each withheld with the configured probability.
     fn labels(&self, labels: Option<&[u32]>, ctx: &StepCtx) -> Result<Option<Tensor>> {
-        let Some(count) = self.config.network.num_class_embeds else { return Ok(None) };
+        let Some(count) = self.config.network.num_class_embeds else {
+            return Ok(None);
+        };
         let Some(labels) = labels else {
             return Err(Report::new("training data", "images without labels")
                 .expected("labels for a class-conditional model")
@@ -108,24 +119,49 @@ impl Objective for Task {
 
     fn losses(&mut self, _: usize, batch: &Batch, ctx: &StepCtx) -> Result<Vec<Loss>> {
         let n = batch.images.dim(0)? as u64;
-        let points = self.objective.draw((0..n as usize).map(|i| ctx.time_key(i)));
+        let points = self
+            .objective
+            .draw((0..n as usize).map(|i| ctx.time_key(i)));
         let epsilon = ctx.noise(&batch.images.dims()[1..], DType::F32, &self.device)?;
         let labels = self.labels(batch.labels.as_deref(), ctx)?;
         // Activations are dropped by the place in the run, apart from the labels' own draws.
-        let mode = Mode::Train { key: Key { seed: ctx.seed, stream: stream::DROPOUT, item: u64::MAX - ctx.micro, step: ctx.step } };
-        let network = Network::new(self.config.predicts.kind(), TimeCode::Index, |x: &Tensor, t: &Tensor| {
-            self.network.forward(x, t, labels.as_ref(), mode).map_err(from_nn)
-        });
+        let mode = Mode::Train {
+            key: Key {
+                seed: ctx.seed,
+                stream: stream::DROPOUT,
+                item: u64::MAX - ctx.micro,
+                step: ctx.step,
+            },
+        };
+        let network = Network::new(
+            self.config.predicts.kind(),
+            TimeCode::Index,
+            |x: &Tensor, t: &Tensor| {
+                self.network
+                    .forward(x, t, labels.as_ref(), mode)
+                    .map_err(from_nn)
+            },
+        );
         let mut noise = CounterNoise::new(ctx.seed, 0..n);
-        let mut call = Call { noise: &mut noise, items: 0..n, tracked: true };
-        let losses = self.objective.losses(&network, &batch.images, &epsilon, &points, &mut call)?;
+        let mut call = Call {
+            noise: &mut noise,
+            items: 0..n,
+            tracked: true,
+        };
+        let losses =
+            self.objective
+                .losses(&network, &batch.images, &epsilon, &points, &mut call)?;
         Ok(vec![Loss::new("denoising", losses.mean_all()?)])
     }
 
     fn describe(&self, _: usize, ctx: &StepCtx) -> Option<String> {
-        let points = self.objective.draw((0..ctx.items.len()).map(|i| ctx.time_key(i)));
+        let points = self
+            .objective
+            .draw((0..ctx.items.len()).map(|i| ctx.time_key(i)));
         let times = points.iter().map(|p| p.t);
-        let (low, high) = times.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), t| (a.min(t), b.max(t)));
+        let (low, high) = times.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), t| {
+            (a.min(t), b.max(t))
+        });
         Some(format!("diffusion times {low} to {high}"))
     }
 }
@@ -134,9 +170,19 @@ impl Objective for Task {
 ///
 /// # Errors
 /// Whatever the network refuses.
-pub fn held_out_loss(model: &crate::model::ImageModel, data: &Dataset, weight: diffusion_core::loss::Weight, seed: u64, rounds: u64) -> Result<f64> {
+pub fn held_out_loss(
+    model: &crate::model::ImageModel,
+    data: &Dataset,
+    weight: diffusion_core::loss::Weight,
+    seed: u64,
+    rounds: u64,
+) -> Result<f64> {
     let table = model.table()?;
-    let objective = Denoising { schedule: Arc::new(table), weight, time: diffusion_core::loss::TimeLaw::Uniform };
+    let objective = Denoising {
+        schedule: Arc::new(table),
+        weight,
+        time: diffusion_core::loss::TimeLaw::Uniform,
+    };
     let (mut total, mut count) = (0.0, 0usize);
     let items: Vec<usize> = (0..data.len()).collect();
     for round in 0..rounds {
@@ -148,7 +194,11 @@ pub fn held_out_loss(model: &crate::model::ImageModel, data: &Dataset, weight: d
             let labels = labels.map(|l| l.to_vec1::<u32>()).transpose()?;
             let network = model.denoiser(labels.as_deref())?;
             let mut noise = CounterNoise::new(seed, 0..chunk.len() as u64);
-            let mut call = Call { noise: &mut noise, items: 0..chunk.len() as u64, tracked: false };
+            let mut call = Call {
+                noise: &mut noise,
+                items: 0..chunk.len() as u64,
+                tracked: false,
+            };
             let losses = objective.losses(&network, &images, &epsilon, &points, &mut call)?;
             total += losses.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             count += chunk.len();

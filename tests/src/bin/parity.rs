@@ -54,5 +54,9 @@ fn all(args: &Args) -> Result<ExitCode> {
         write_atomic(file, text.as_bytes()).context("the results could not be written")?;
     }
     let good = summary.failed == 0 && !(args.strict && summary.unsupported > 0);
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
 }

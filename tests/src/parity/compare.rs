@@ -21,7 +21,10 @@ pub struct Check {
 impl Check {
     /// Nothing compared yet.
     pub fn new(tolerance: Tolerance) -> Self {
-        Self { tolerance, ..Self::default() }
+        Self {
+            tolerance,
+            ..Self::default()
+        }
     }
 
     /// Compares values with stored ones under the fixture's tolerance.
@@ -33,7 +36,11 @@ impl Check {
     /// Compares values with stored ones, each with the bound that belongs to the stored one.
     pub fn within(&mut self, what: &str, ours: &[f64], stored: &[f64], bound: impl Fn(f64) -> f64) {
         if ours.len() != stored.len() {
-            self.failures.push(format!("{what}: {} values instead of {}", ours.len(), stored.len()));
+            self.failures.push(format!(
+                "{what}: {} values instead of {}",
+                ours.len(),
+                stored.len()
+            ));
             return;
         }
         self.compared += ours.len();
@@ -105,9 +112,15 @@ impl Check {
     /// # Errors
     /// Those of the tensor library.
     pub fn stack(&mut self, outputs: &Tensors, name: &str, ours: &[Tensor]) -> Result<()> {
-        let Some(stored) = outputs.get(name) else { return Ok(()) };
+        let Some(stored) = outputs.get(name) else {
+            return Ok(());
+        };
         if stored.dim(0)? != ours.len() {
-            self.failures.push(format!("{name}: {} of them instead of {}", ours.len(), stored.dim(0)?));
+            self.failures.push(format!(
+                "{name}: {} of them instead of {}",
+                ours.len(),
+                stored.dim(0)?
+            ));
             return Ok(());
         }
         for (k, ours) in ours.iter().enumerate() {
@@ -123,7 +136,10 @@ mod tests {
 
     #[test]
     fn the_bound_is_absolute_plus_relative_and_nan_is_outside() {
-        let tolerance = Tolerance { abs: 0.1, rel: 0.01 };
+        let tolerance = Tolerance {
+            abs: 0.1,
+            rel: 0.01,
+        };
         let mut check = Check::new(tolerance);
         check.values("a", &[1.1, 100.9], &[1.0, 100.0]);
         assert!(check.failures.is_empty(), "{:?}", check.failures);

@@ -56,8 +56,8 @@ impl Fixture {
     pub fn read(path: &Path) -> Result<Self> {
         let json = path.join("fixture.json");
         let text = Limits::default().read_text(&json)?;
-        let mut fixture: Self =
-            serde_json::from_str(&text).with_context(|| format!("{}: malformed", json.display()))?;
+        let mut fixture: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{}: malformed", json.display()))?;
         fixture.path = path.to_path_buf();
         if fixture.kind == "pipeline" {
             fixture.inputs = fixture.tensors("golden")?;
@@ -86,7 +86,9 @@ impl Fixture {
     /// # Errors
     /// When there is none of this name.
     pub fn input(&self, name: &str) -> Result<&Tensor> {
-        self.inputs.get(name).ok_or_else(|| self.lacks("input", name))
+        self.inputs
+            .get(name)
+            .ok_or_else(|| self.lacks("input", name))
     }
 
     /// An input tensor in f64.
@@ -99,7 +101,9 @@ impl Fixture {
 
     /// The tensors `name.0`, `name.1`, … among the inputs.
     pub fn numbered(&self, name: &str) -> Vec<Tensor> {
-        (0..).map_while(|k| self.inputs.get(&format!("{name}.{k}")).cloned()).collect()
+        (0..)
+            .map_while(|k| self.inputs.get(&format!("{name}.{k}")).cloned())
+            .collect()
     }
 
     /// A number of `call`, if it is there and not null.
@@ -126,7 +130,10 @@ impl Fixture {
 
     /// A text of `call`, empty if it is not there.
     pub fn text(&self, name: &str) -> &str {
-        self.call.get(name).and_then(Value::as_str).unwrap_or_default()
+        self.call
+            .get(name)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
     }
 
     /// The configuration as a JSON text.
@@ -136,11 +143,18 @@ impl Fixture {
 
     /// The keys of `call` that are not in `known`.
     pub fn unknown_in_call(&self, known: &[&str]) -> Vec<&str> {
-        self.call.keys().map(String::as_str).filter(|key| !known.contains(key)).collect()
+        self.call
+            .keys()
+            .map(String::as_str)
+            .filter(|key| !known.contains(key))
+            .collect()
     }
 
     fn lacks(&self, what: &str, name: &str) -> anyhow::Error {
-        anyhow!("{}: no {what} tensor `{name}`; the fixture is incomplete", self.path.display())
+        anyhow!(
+            "{}: no {what} tensor `{name}`; the fixture is incomplete",
+            self.path.display()
+        )
     }
 }
 

@@ -40,20 +40,31 @@ fn noise_at_timesteps(fixture: &Fixture, check: &mut Check) -> Result<()> {
         return Err(unsupported(format!("{} has no table", scheduler.class())));
     };
     let (x0, noise) = (fixture.input_f64("x0")?, fixture.input_f64("noise")?);
-    let steps = fixture.input("timesteps")?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let steps = fixture
+        .input("timesteps")?
+        .to_dtype(DType::I64)?
+        .to_vec1::<i64>()?;
     let points: Vec<Point> = steps.iter().map(|t| table.index(*t)).collect();
     let at = At::Each(&points);
     let out = &fixture.outputs;
     check.stored(out, "noisy", &marginal(&x0, &noise, at)?)?;
-    for (name, kind) in
-        [("epsilon", Kind::Epsilon), ("sample", Kind::X0), ("v_prediction", Kind::Velocity)]
-    {
-        check.stored(out, &format!("target.{name}"), &target(kind, &x0, &noise, at)?)?;
+    for (name, kind) in [
+        ("epsilon", Kind::Epsilon),
+        ("sample", Kind::X0),
+        ("v_prediction", Kind::Velocity),
+    ] {
+        check.stored(
+            out,
+            &format!("target.{name}"),
+            &target(kind, &x0, &noise, at)?,
+        )?;
     }
     let snr: Vec<f64> = points.iter().map(Point::snr).collect();
-    for (name, ours) in
-        [("snr", snr.as_slice()), ("betas", table.betas()), ("alphas_cumprod", table.alpha_bar())]
-    {
+    for (name, ours) in [
+        ("snr", snr.as_slice()),
+        ("betas", table.betas()),
+        ("alphas_cumprod", table.alpha_bar()),
+    ] {
         if let Some(stored) = out.get(name) {
             check.values(name, ours, &values(stored)?);
         }
@@ -64,19 +75,37 @@ fn noise_at_timesteps(fixture: &Fixture, check: &mut Check) -> Result<()> {
 /// The forward process at the timesteps of a sampling run.
 fn noise_at_indices(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let scheduler = Scheduler::from_json(&fixture.config_text(), "config")?;
-    let steps = fixture.count("num_inference_steps")?.context("call.num_inference_steps is missing")?;
-    let plan = scheduler.plan(&Request { steps: Some(steps), ..Request::default() })?;
+    let steps = fixture
+        .count("num_inference_steps")?
+        .context("call.num_inference_steps is missing")?;
+    let plan = scheduler.plan(&Request {
+        steps: Some(steps),
+        ..Request::default()
+    })?;
     let out = &fixture.outputs;
-    scheduler::timesteps(check, "scheduler_timesteps", &plan, out.get("scheduler_timesteps"), 0.0)?;
+    scheduler::timesteps(
+        check,
+        "scheduler_timesteps",
+        &plan,
+        out.get("scheduler_timesteps"),
+        0.0,
+    )?;
     if let (Some(stored), Some(ours)) = (out.get("scheduler_sigmas"), &plan.sigmas) {
         check.values("scheduler_sigmas", ours, &values(stored)?);
     }
-    let indices = fixture.input("step_indices")?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let indices = fixture
+        .input("step_indices")?
+        .to_dtype(DType::I64)?
+        .to_vec1::<i64>()?;
     let mut points = Vec::new();
     let mut used = Vec::new();
     for index in indices {
-        let time = usize::try_from(index).ok().and_then(|i| plan.timesteps.get(i));
-        let Some(&time) = time else { bail!("step_indices: {index} lies outside the run") };
+        let time = usize::try_from(index)
+            .ok()
+            .and_then(|i| plan.timesteps.get(i));
+        let Some(&time) = time else {
+            bail!("step_indices: {index} lies outside the run")
+        };
         used.push(time);
         points.push(level(&plan, time)?);
     }
@@ -98,23 +127,47 @@ fn level(plan: &Plan, time: f64) -> Result<Point> {
         let first = from.next().context("no step starts at this timestep")?;
         return Ok(from.next().unwrap_or(first));
     }
-    let sigmas = plan.sigmas.as_ref().context("the scheduler has no noise levels")?;
-    let mut same = plan.timesteps.iter().zip(sigmas).filter(|(t, _)| **t == time);
+    let sigmas = plan
+        .sigmas
+        .as_ref()
+        .context("the scheduler has no noise levels")?;
+    let mut same = plan
+        .timesteps
+        .iter()
+        .zip(sigmas)
+        .filter(|(t, _)| **t == time);
     let first = same.next().context("no step has this timestep")?;
     Ok(Point::new(time, 1.0, *same.next().unwrap_or(first).1))
 }
 
 fn embedding(fixture: &Fixture, check: &mut Check) -> Result<()> {
-    let kwargs = &fixture.call.get("kwargs").and_then(|v| v.as_object()).cloned().unwrap_or_default();
-    let known = ["embedding_dim", "flip_sin_to_cos", "downscale_freq_shift", "scale", "max_period"];
+    let kwargs = &fixture
+        .call
+        .get("kwargs")
+        .and_then(|v| v.as_object())
+        .cloned()
+        .unwrap_or_default();
+    let known = [
+        "embedding_dim",
+        "flip_sin_to_cos",
+        "downscale_freq_shift",
+        "scale",
+        "max_period",
+    ];
     if let Some(other) = kwargs.keys().find(|key| !known.contains(&key.as_str())) {
         return Err(unsupported(format!("call.kwargs.{other}")));
     }
     let given = |name: &str, default: f64| -> Result<f64> {
         Ok(number(kwargs.get(name), name)?.unwrap_or(default))
     };
-    let dim = kwargs.get("embedding_dim").and_then(|v| v.as_u64()).context("no embedding_dim")?;
-    let flip = kwargs.get("flip_sin_to_cos").and_then(|v| v.as_bool()).unwrap_or(false);
+    let dim = kwargs
+        .get("embedding_dim")
+        .and_then(|v| v.as_u64())
+        .context("no embedding_dim")?;
+    let flip = kwargs
+        .get("flip_sin_to_cos")
+        .and_then(|v| v.as_bool())
+        .unwrap_or(false);
     let ours = diffusion_ops::timestep_embedding(
         fixture.input("timesteps")?,
         dim as usize,
@@ -131,7 +184,10 @@ fn precondition(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let scheduler = Scheduler::from_json(&fixture.config_text(), "config")?;
     let kind = scheduler.kind();
     let Kind::Edm { sigma_data, .. } = kind else {
-        return Err(unsupported(format!("{} is not preconditioned", scheduler.class())));
+        return Err(unsupported(format!(
+            "{} is not preconditioned",
+            scheduler.class()
+        )));
     };
     let (x, raw) = (fixture.input_f64("x")?, fixture.input_f64("model_output")?);
     let mut scaled = Vec::new();
@@ -151,8 +207,12 @@ fn precondition(fixture: &Fixture, check: &mut Check) -> Result<()> {
 
 fn guidance(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let (conditional, unconditional) = (fixture.input_f64("cond")?, fixture.input_f64("uncond")?);
-    let weight = fixture.number("guidance_scale")?.context("call.guidance_scale is missing")?;
-    let amount = fixture.number("guidance_rescale")?.context("call.guidance_rescale is missing")?;
+    let weight = fixture
+        .number("guidance_scale")?
+        .context("call.guidance_scale is missing")?;
+    let amount = fixture
+        .number("guidance_rescale")?
+        .context("call.guidance_rescale is missing")?;
     let guided = guide(&conditional, &unconditional, weight)?;
     let out = &fixture.outputs;
     check.stored(out, "guided", &guided)?;

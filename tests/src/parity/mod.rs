@@ -104,7 +104,12 @@ impl std::fmt::Display for Outcome {
         write!(
             f,
             "{:<44} {:<20} abs {:<8.1e} rel {:<8.1e} tol {:.0e} + {:.0e} |b|  {verdict}",
-            self.name, self.system, self.max_abs, self.max_rel, self.tolerance.abs, self.tolerance.rel
+            self.name,
+            self.system,
+            self.max_abs,
+            self.max_rel,
+            self.tolerance.abs,
+            self.tolerance.rel
         )?;
         match self.note.as_str() {
             "" => Ok(()),
@@ -140,8 +145,16 @@ impl Summary {
 
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { passed, failed, unsupported, .. } = self;
-        write!(f, "parity: {passed} passed, {failed} failed, {unsupported} unsupported")
+        let Self {
+            passed,
+            failed,
+            unsupported,
+            ..
+        } = self;
+        write!(
+            f,
+            "parity: {passed} passed, {failed} failed, {unsupported} unsupported"
+        )
     }
 }
 
@@ -185,7 +198,9 @@ pub fn run(path: &Path) -> Outcome {
     let start = Instant::now();
     let mut outcome = Outcome {
         path: path.to_path_buf(),
-        name: path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        name: path
+            .file_name()
+            .map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
         system: "?".into(),
         kind: "?".into(),
         verdict: Verdict::Fail,
@@ -206,14 +221,20 @@ pub fn run(path: &Path) -> Outcome {
     outcome.system.clone_from(&fixture.system);
     outcome.kind.clone_from(&fixture.kind);
     outcome.tolerance = fixture.tolerance;
-    let entry = TABLE.iter().find(|(kind, system, _)| *kind == fixture.kind && *system == fixture.system);
+    let entry = TABLE
+        .iter()
+        .find(|(kind, system, _)| *kind == fixture.kind && *system == fixture.system);
     let mut check = Check::new(fixture.tolerance);
     let result = match entry {
         Some((_, _, runner)) => runner(&fixture, &mut check),
-        None => Err(unsupported(format!("no {} of the system {}", fixture.kind, fixture.system))),
+        None => Err(unsupported(format!(
+            "no {} of the system {}",
+            fixture.kind, fixture.system
+        ))),
     };
-    outcome.max_abs = check.max_abs;
-    outcome.max_rel = check.max_rel;
+    // JSON has no infinity.
+    outcome.max_abs = check.max_abs.min(f64::MAX);
+    outcome.max_rel = check.max_rel.min(f64::MAX);
     (outcome.verdict, outcome.note) = match result {
         Err(error) if is_unsupported(&error) => (Verdict::Unsupported, format!("{error:#}")),
         Err(error) => (Verdict::Fail, format!("{error:#}")),
@@ -228,7 +249,10 @@ pub fn run(path: &Path) -> Outcome {
 /// An error that means: this version does not do that.
 pub fn unsupported(what: impl std::fmt::Display) -> anyhow::Error {
     let report = diffusion_core::Report::new("fixture", what);
-    report.expected("something that this version does").unsupported().into()
+    report
+        .expected("something that this version does")
+        .unsupported()
+        .into()
 }
 
 fn is_unsupported(error: &anyhow::Error) -> bool {
@@ -262,13 +286,26 @@ mod tests {
         assert_eq!(outcome.verdict, Verdict::Fail);
         assert!(outcome.note.contains("fixture.json"), "{}", outcome.note);
         // A supported system whose tensors are missing must not pass.
-        let (_, outcome) = fixture(&json.replace("\"x\"", "\"unet2d\""));
+        let (_, outcome) = fixture(
+            &json
+                .replace("\"system\": \"x\"", "\"system\": \"unet2d\"")
+                .replace(
+                    "\"call\": {}",
+                    r#""call": {"class": "UNet2DModel", "runner": "forward"}"#,
+                ),
+        );
         assert_eq!(outcome.verdict, Verdict::Fail);
+        assert!(outcome.note.contains("sample"), "{}", outcome.note);
     }
 
     #[test]
     fn a_folder_without_fixtures_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(find(dir.path()).unwrap_err().to_string().contains("no fixture.json"));
+        assert!(
+            find(dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("no fixture.json")
+        );
     }
 }

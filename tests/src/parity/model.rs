@@ -58,22 +58,31 @@ impl Denoiser for ClosedForm {
         _: &mut Call<'_>,
     ) -> diffusion_core::Result<Prediction> {
         let At::All(at) = at else {
-            return Err(diffusion_core::Report::new("closed form", "one point an item")
-                .expected("one point for the batch")
-                .unsupported());
+            return Err(
+                diffusion_core::Report::new("closed form", "one point an item")
+                    .expected("one point for the batch")
+                    .unsupported(),
+            );
         };
         let (a, b) = self.coefficients(&at);
         let den = self.variance.affine(a * a, b * b)?;
-        let slope = x.broadcast_sub(&self.mu.affine(a, 0.0)?)?.broadcast_div(&den)?;
+        let slope = x
+            .broadcast_sub(&self.mu.affine(a, 0.0)?)?
+            .broadcast_div(&den)?;
         let epsilon = slope.affine(b, 0.0)?;
-        let x0 = slope.broadcast_mul(&self.variance.affine(a, 0.0)?)?.broadcast_add(&self.mu)?;
+        let x0 = slope
+            .broadcast_mul(&self.variance.affine(a, 0.0)?)?
+            .broadcast_add(&self.mu)?;
         let value = match self.kind {
             Kind::Epsilon => epsilon,
             Kind::X0 => x0,
             Kind::Velocity => lincomb(a, &epsilon, -b, &x0)?,
             Kind::Flow => (epsilon - x0)?,
             Kind::Score => epsilon.affine(-1.0 / b, 0.0)?,
-            Kind::Edm { sigma_data, negative } => {
+            Kind::Edm {
+                sigma_data,
+                negative,
+            } => {
                 let sign = if negative { -1.0 } else { 1.0 };
                 let out = sign * edm_out(b, sigma_data);
                 lincomb(1.0 / out, &x0, -edm_skip(b, sigma_data) / out, x)?
@@ -108,7 +117,10 @@ pub struct Recorder<D> {
 impl<D> Recorder<D> {
     /// Around a denoiser.
     pub fn new(inner: D) -> Self {
-        Self { inner, calls: RefCell::default() }
+        Self {
+            inner,
+            calls: RefCell::default(),
+        }
     }
 
     /// The calls so far.
@@ -127,7 +139,11 @@ impl<D: Denoiser> Denoiser for Recorder<D> {
         let said = self.inner.predict(x, at, call)?;
         if let At::All(point) = at {
             let x0 = said.x0(x, at)?;
-            self.calls.borrow_mut().push(Asked { x: x.clone(), at: point, x0 });
+            self.calls.borrow_mut().push(Asked {
+                x: x.clone(),
+                at: point,
+                x0,
+            });
         }
         Ok(said)
     }

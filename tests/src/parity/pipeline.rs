@@ -33,13 +33,23 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
         return Err(unsupported(format!("the pipeline {}", saved.folder.class)));
     }
     let empty = Map::new();
-    let args = fixture.call.get("args").and_then(Value::as_object).unwrap_or(&empty);
+    let args = fixture
+        .call
+        .get("args")
+        .and_then(Value::as_object)
+        .unwrap_or(&empty);
     if let Some(other) = args.keys().find(|key| !KNOWN.contains(&key.as_str())) {
         return Err(unsupported(format!("the argument {other}")));
     }
-    let default_steps = if saved.folder.class == "DDPMPipeline" { 1000 } else { 50 };
+    let default_steps = if saved.folder.class == "DDPMPipeline" {
+        1000
+    } else {
+        50
+    };
     let steps = args.get("num_inference_steps").and_then(Value::as_u64);
-    let clipped = args.get("use_clipped_model_output").and_then(Value::as_bool);
+    let clipped = args
+        .get("use_clipped_model_output")
+        .and_then(Value::as_bool);
     let request = Request {
         steps: Some(steps.map_or(default_steps, |n| n as usize)),
         eta: number(args.get("eta"), "eta")?.unwrap_or(0.0),
@@ -63,7 +73,9 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     };
     let mut noise = RecordedNoise::new(noises);
     let items = 0..x.dim(0)? as u64;
-    let last = plan.solver.solve(x, &mut Ctx::new(&*denoiser, &mut noise, items), &mut watch)?;
+    let last = plan
+        .solver
+        .solve(x, &mut Ctx::new(&*denoiser, &mut noise, items), &mut watch)?;
 
     let stored = &fixture.inputs;
     let timesteps = stored.get("timesteps").context("no tensor `timesteps`")?;

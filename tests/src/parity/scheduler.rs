@@ -48,13 +48,20 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let model = closed_form(fixture, &scheduler, &plan)?;
 
     let stored = &fixture.outputs;
+    if !stored.contains_key("xs") {
+        bail!("no output tensor `xs`; the fixture is incomplete");
+    }
     let slack = fixture.number("timestep_slack")?.unwrap_or(0.0);
     timesteps(check, "timesteps", &plan, stored.get("timesteps"), slack)?;
     if let (Some(stored), Some(ours)) = (stored.get("sigmas"), &plan.sigmas) {
         check.values("sigmas", ours, &values(stored)?);
     }
     if let Some(stored) = stored.get("init_noise_sigma") {
-        check.values("init_noise_sigma", &[plan.init_noise_sigma], &values(stored)?);
+        check.values(
+            "init_noise_sigma",
+            &[plan.init_noise_sigma],
+            &values(stored)?,
+        );
     }
     if let (Some(stored), Some(table)) = (stored.get("alphas_cumprod"), scheduler.table()) {
         check.values("alphas_cumprod", table.alpha_bar(), &values(stored)?);
@@ -69,7 +76,8 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
         states.push(progress.x.clone());
         ControlFlow::Continue(())
     };
-    plan.solver.solve(x, &mut Ctx::new(&recorder, &mut noise, items), &mut watch)?;
+    plan.solver
+        .solve(x, &mut Ctx::new(&recorder, &mut noise, items), &mut watch)?;
     let calls = recorder.calls();
 
     // Where a step asks twice, the state between is the second question.
@@ -88,7 +96,10 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
 
 /// What the fixture asks of the scheduler.
 fn request(fixture: &Fixture) -> Result<Request> {
-    let mut request = Request { steps: fixture.count("num_inference_steps")?, ..Request::default() };
+    let mut request = Request {
+        steps: fixture.count("num_inference_steps")?,
+        ..Request::default()
+    };
     if let Some(list) = fixture.call.get("timesteps").filter(|v| !v.is_null()) {
         let list = list.as_array().context("call.timesteps: expected a list")?;
         let whole = list.iter().map(Value::as_i64).collect::<Option<Vec<_>>>();
@@ -121,7 +132,11 @@ fn closed_form(fixture: &Fixture, scheduler: &Scheduler, plan: &Plan) -> Result<
         ("sigma_vp", _, Frame::VpInVe) | ("edm", _, Frame::Edm { .. }) => Coefficients::Point,
         (other, ..) => return Err(unsupported(format!("the coefficients {other:?}"))),
     };
-    let learned = fixture.call.get("learned_variance").and_then(Value::as_bool).unwrap_or(false);
+    let learned = fixture
+        .call
+        .get("learned_variance")
+        .and_then(Value::as_bool)
+        .unwrap_or(false);
     Ok(ClosedForm {
         mu: of_one_item(&fixture.input_f64("mu")?)?,
         variance: of_one_item(&fixture.input_f64("s")?.sqr()?)?,
@@ -184,7 +199,10 @@ fn denoised(
             continue;
         }
         let raised = sigma * (1.0 + raise);
-        let z = noises.next().context("more raised levels than noise")?.to_dtype(call.x.dtype())?;
+        let z = noises
+            .next()
+            .context("more raised levels than noise")?
+            .to_dtype(call.x.dtype())?;
         let added = (raised * raised - sigma * sigma).sqrt() * request.s_noise.unwrap_or(1.0);
         let x = lincomb(1.0, &call.x, added, &z)?;
         let slope = lincomb(1.0, next, -1.0, &x)?.affine(1.0 / (sigmas[i + 1] - raised), 0.0)?;

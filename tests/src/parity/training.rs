@@ -18,7 +18,10 @@ pub fn ema(fixture: &Fixture, check: &mut Check) -> Result<()> {
     if fixture.text("function") == "ema_decay" {
         let steps = values(fixture.input("steps")?)?;
         let ours: Vec<f64> = steps.iter().map(|step| rule.decay(*step as u64)).collect();
-        let stored = fixture.outputs.get("decay").context("no output tensor `decay`")?;
+        let stored = fixture
+            .outputs
+            .get("decay")
+            .context("no output tensor `decay`")?;
         check.values("decay", &ours, &values(stored)?);
         return Ok(());
     }
@@ -38,18 +41,39 @@ pub fn ema(fixture: &Fixture, check: &mut Check) -> Result<()> {
 }
 
 fn ema_rule(kwargs: &Map<String, Value>) -> Result<EmaRule> {
-    let known = ["decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power"];
+    let known = [
+        "decay",
+        "min_decay",
+        "update_after_step",
+        "use_ema_warmup",
+        "inv_gamma",
+        "power",
+    ];
     refuse_others(kwargs, &known)?;
     let given = |name: &str, default: f64| -> Result<f64> {
         Ok(number(kwargs.get(name), name)?.unwrap_or(default))
     };
     let (decay, min_decay) = (given("decay", 0.9999)?, given("min_decay", 0.0)?);
     let update_after_step = given("update_after_step", 0.0)? as u64;
-    if !kwargs.get("use_ema_warmup").and_then(Value::as_bool).unwrap_or(false) {
-        return Ok(EmaRule::Plain { decay, update_after_step, min_decay });
+    if !kwargs
+        .get("use_ema_warmup")
+        .and_then(Value::as_bool)
+        .unwrap_or(false)
+    {
+        return Ok(EmaRule::Plain {
+            decay,
+            update_after_step,
+            min_decay,
+        });
     }
     let (inv_gamma, power) = (given("inv_gamma", 1.0)?, given("power", 2.0 / 3.0)?);
-    Ok(EmaRule::Warmup { decay, inv_gamma, power, update_after_step, min_decay })
+    Ok(EmaRule::Warmup {
+        decay,
+        inv_gamma,
+        power,
+        update_after_step,
+        min_decay,
+    })
 }
 
 /// The learning rate before each optimiser step.
@@ -57,22 +81,37 @@ fn ema_rule(kwargs: &Map<String, Value>) -> Result<EmaRule> {
 /// # Errors
 /// `Unsupported` for schedules and options that are not known, and anything that goes wrong.
 pub fn learning_rates(fixture: &Fixture, check: &mut Check) -> Result<()> {
-    let base = fixture.number("base_lr")?.context("call.base_lr is missing")?;
+    let base = fixture
+        .number("base_lr")?
+        .context("call.base_lr is missing")?;
     let steps = fixture.count("steps")?.context("call.steps is missing")? as u64;
     for (name, kwargs) in &kwargs(&fixture.call, "schedules")? {
-        let kwargs = kwargs.as_object().with_context(|| format!("call.schedules.{name}"))?;
+        let kwargs = kwargs
+            .as_object()
+            .with_context(|| format!("call.schedules.{name}"))?;
         let schedule = schedule(name, kwargs)?;
         let total = number(kwargs.get("num_training_steps"), "num_training_steps")?;
         let total = total.map_or(steps, |total| total as u64);
-        let ours: Vec<f64> = (0..steps).map(|step| schedule.rate(base, step, total)).collect();
-        let stored = fixture.outputs.get(name).with_context(|| format!("no output `{name}`"))?;
+        let ours: Vec<f64> = (0..steps)
+            .map(|step| schedule.rate(base, step, total))
+            .collect();
+        let stored = fixture
+            .outputs
+            .get(name)
+            .with_context(|| format!("no output `{name}`"))?;
         check.values(name, &ours, &values(stored)?);
     }
     Ok(())
 }
 
 fn schedule(name: &str, kwargs: &Map<String, Value>) -> Result<LrSchedule> {
-    let known = ["num_warmup_steps", "num_training_steps", "num_cycles", "power", "lr_end"];
+    let known = [
+        "num_warmup_steps",
+        "num_training_steps",
+        "num_cycles",
+        "power",
+        "lr_end",
+    ];
     refuse_others(kwargs, &known)?;
     let given = |name: &str, default: f64| -> Result<f64> {
         Ok(number(kwargs.get(name), name)?.unwrap_or(default))
@@ -82,10 +121,14 @@ fn schedule(name: &str, kwargs: &Map<String, Value>) -> Result<LrSchedule> {
         "constant" => LrSchedule::Constant {},
         "constant_with_warmup" => LrSchedule::ConstantWithWarmup { warmup },
         "linear" => LrSchedule::Linear { warmup },
-        "cosine" => LrSchedule::Cosine { warmup, cycles: given("num_cycles", 0.5)? },
-        "cosine_with_restarts" => {
-            LrSchedule::CosineWithRestarts { warmup, cycles: given("num_cycles", 1.0)? as u64 }
-        }
+        "cosine" => LrSchedule::Cosine {
+            warmup,
+            cycles: given("num_cycles", 0.5)?,
+        },
+        "cosine_with_restarts" => LrSchedule::CosineWithRestarts {
+            warmup,
+            cycles: given("num_cycles", 1.0)? as u64,
+        },
         "polynomial" => LrSchedule::Polynomial {
             warmup,
             end: given("lr_end", 1e-7)?,

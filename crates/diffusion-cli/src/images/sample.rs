@@ -67,7 +67,10 @@ fn grid(args: &Sample) -> Result<Grid> {
         "trailing" => Grid::Trailing,
         "linspace" => Grid::Linspace,
         "karras" => Grid::karras(),
-        "exponential" => Grid::Exponential { sigma_min: None, sigma_max: None },
+        "exponential" => Grid::Exponential {
+            sigma_min: None,
+            sigma_max: None,
+        },
         "log-snr" => Grid::UniformLogSnr,
         other => {
             return Err(Report::new("--grid", other)
@@ -79,7 +82,9 @@ fn grid(args: &Sample) -> Result<Grid> {
 }
 
 fn labels(args: &Sample, classes: &[String]) -> Result<Option<Vec<u32>>> {
-    let Some(class) = &args.class else { return Ok(None) };
+    let Some(class) = &args.class else {
+        return Ok(None);
+    };
     if classes.is_empty() {
         return Err(Report::new("--class", class)
             .expected("no class: this model is unconditional")
@@ -87,7 +92,9 @@ fn labels(args: &Sample, classes: &[String]) -> Result<Option<Vec<u32>>> {
             .into());
     }
     if class == "all" {
-        return Ok(Some((0..args.n).map(|i| (i % classes.len()) as u32).collect()));
+        return Ok(Some(
+            (0..args.n).map(|i| (i % classes.len()) as u32).collect(),
+        ));
     }
     let by_name = classes.iter().position(|name| name == class);
     let by_index = class.parse::<usize>().ok().filter(|k| *k < classes.len());
@@ -102,7 +109,10 @@ fn labels(args: &Sample, classes: &[String]) -> Result<Option<Vec<u32>>> {
 
 pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     if args.n > 100_000 {
-        return Err(Report::new("-n", args.n).expected("at most 100000 images").config().into());
+        return Err(Report::new("-n", args.n)
+            .expected("at most 100000 images")
+            .config()
+            .into());
     }
     let device = device::device(&global.device)?;
     let sampler = SamplerConfig::named(&args.sampler)?;
@@ -128,9 +138,18 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     let images = model.sample(&request, &mut progress)?;
     progress.done();
     let seconds = start.elapsed().as_secs_f64();
-    let picture = sample_grid(&images, &GridOptions { columns: args.columns, ..GridOptions::default() })?;
+    let picture = sample_grid(
+        &images,
+        &GridOptions {
+            columns: args.columns,
+            ..GridOptions::default()
+        },
+    )?;
     let mut settings = vec![
-        ("Software".to_string(), format!("diffusion {}", env!("CARGO_PKG_VERSION"))),
+        (
+            "Software".to_string(),
+            format!("diffusion {}", env!("CARGO_PKG_VERSION")),
+        ),
         ("model".to_string(), args.model.display().to_string()),
         ("n".to_string(), args.n.to_string()),
         ("sampler".to_string(), args.sampler.clone()),
@@ -152,7 +171,11 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             })
         );
     } else {
-        println!("{}: {} images in {seconds:.1} s", args.out.display(), args.n);
+        println!(
+            "{}: {} images in {seconds:.1} s",
+            args.out.display(),
+            args.n
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -58,7 +58,11 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
     let options = Options {
         resize: args.size,
-        color: if args.grey { Color::Grey } else { Options::default().color },
+        color: if args.grey {
+            Color::Grey
+        } else {
+            Options::default().color
+        },
         ..Options::default()
     };
     let splits = data::splits(&args.data, &options)?;
@@ -82,7 +86,15 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     let progress = Progress::new(config.train.steps, global.quiet, &cancel);
     let metrics = JsonLines::new(run::run_folder(out).join("metrics.jsonl"));
     let mut observer = Both(progress, metrics);
-    let outcome = run::train(&config, &splits.train, out, args.resume, &device, &mut observer, &cancel)?;
+    let outcome = run::train(
+        &config,
+        &splits.train,
+        out,
+        args.resume,
+        &device,
+        &mut observer,
+        &cancel,
+    )?;
     observer.0.done();
     report(args, global, out, &config, outcome)
 }
@@ -102,7 +114,13 @@ fn configuration(args: &Train, data: &data::Dataset) -> Result<ImageConfig> {
     Ok(config)
 }
 
-fn report(args: &Train, global: &Global, out: &std::path::Path, config: &ImageConfig, outcome: Outcome) -> Result<ExitCode> {
+fn report(
+    args: &Train,
+    global: &Global,
+    out: &std::path::Path,
+    config: &ImageConfig,
+    outcome: Outcome,
+) -> Result<ExitCode> {
     let (finished, step) = match outcome {
         Outcome::Finished { step } => (true, step),
         Outcome::Interrupted { step } | Outcome::OutOfTime { step } => (false, step),
@@ -117,13 +135,19 @@ fn report(args: &Train, global: &Global, out: &std::path::Path, config: &ImageCo
         );
     } else if finished {
         println!("{}: trained for {step} steps", out.display());
-        println!("next: diffusion images sample --model {} -n 64 --out grid.png", out.display());
+        println!(
+            "next: diffusion images sample --model {} -n 64 --out grid.png",
+            out.display()
+        );
     } else {
-        println!("{}: stopped at step {step} of {}; --resume goes on", out.display(), config.train.steps);
+        println!(
+            "{}: stopped at step {step} of {}; --resume goes on",
+            out.display(),
+            config.train.steps
+        );
     }
     match interrupt::exit_code() {
         Some(code) if !finished => Ok(code),
         _ => Ok(ExitCode::SUCCESS),
     }
 }
-

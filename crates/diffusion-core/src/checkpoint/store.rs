@@ -122,7 +122,11 @@ impl Checkpoints {
         }
         // Single files of the run are replaced through temporary ones, too.
         for folder in [run, &root] {
-            for name in this.storage.list(folder).map_err(|e| Error::io(folder, e))? {
+            for name in this
+                .storage
+                .list(folder)
+                .map_err(|e| Error::io(folder, e))?
+            {
                 if name.starts_with(TEMPORARY) {
                     this.remove_tree(&folder.join(name))?;
                 }
@@ -354,7 +358,11 @@ impl Checkpoints {
             .copied()
             .collect();
         if let Some(every) = self.keep.every {
-            kept.extend(sound.iter().filter(|&&s| every > 0 && s % every == 0));
+            kept.extend(
+                sound
+                    .iter()
+                    .filter(|&&s| every > 0 && s.is_multiple_of(every)),
+            );
         }
         if self.keep.best > 0 {
             let mut scored: Vec<(f64, u64)> = sound

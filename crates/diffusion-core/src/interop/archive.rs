@@ -59,7 +59,12 @@ impl Archive {
                 .remedy("download it again, or save it again with a present PyTorch")
                 .input());
         }
-        let mut archive = Self { path: path.to_path_buf(), file, len, members: BTreeMap::new() };
+        let mut archive = Self {
+            path: path.to_path_buf(),
+            file,
+            len,
+            members: BTreeMap::new(),
+        };
         archive.read_directory(limits)?;
         Ok(archive)
     }
@@ -90,21 +95,28 @@ impl Archive {
         else {
             return Err(self.damaged(format!("no header in front of member {name:?}")));
         };
-        self.bytes(member.header + 30 + u64::from(n) + u64::from(m), member.size)
+        self.bytes(
+            member.header + 30 + u64::from(n) + u64::from(m),
+            member.size,
+        )
     }
 
     fn read_directory(&mut self, limits: &Limits) -> Result<()> {
         let tail_len = self.len.min(22 + 0xffff);
         let tail_at = self.len - tail_len;
         let tail = self.bytes(tail_at, tail_len)?;
-        let end = (0..tail.len().saturating_sub(21)).rev().find(|&i| word(&tail, i) == Some(END));
+        let end = (0..tail.len().saturating_sub(21))
+            .rev()
+            .find(|&i| word(&tail, i) == Some(END));
         let Some(end) = end else {
             return Err(self.damaged("no directory at the end".into()));
         };
         let field = |i| u64::from(word(&tail, end + i).unwrap_or(0));
         let (mut size, mut start) = (field(12), field(16));
         if size == 0xffff_ffff || start == 0xffff_ffff {
-            let locator = end.checked_sub(20).filter(|&i| word(&tail, i) == Some(LOCATOR64));
+            let locator = end
+                .checked_sub(20)
+                .filter(|&i| word(&tail, i) == Some(LOCATOR64));
             let Some(record) = locator.and_then(|i| long(&tail, i + 8)) else {
                 return Err(self.damaged("no 64-bit directory".into()));
             };
@@ -126,15 +138,27 @@ impl Archive {
             };
             rest = &rest[length..];
             let at = format!("{}: members", self.path.display());
-            Limits::require(at, self.members.len() as u64, limits.tensors as u64, "tensors")?;
+            Limits::require(
+                at,
+                self.members.len() as u64,
+                limits.tensors as u64,
+                "tensors",
+            )?;
         }
         Ok(())
     }
 
     /// Takes one entry of the directory and gives its length; `None` when it is cut off.
     fn entry(&mut self, entry: &[u8]) -> Result<Option<usize>> {
-        let parts = (word(entry, 0), half(entry, 10), half(entry, 28), half(entry, 30));
-        let (Some(CENTRAL), Some(method), Some(n), Some(m)) = parts else { return Ok(None) };
+        let parts = (
+            word(entry, 0),
+            half(entry, 10),
+            half(entry, 28),
+            half(entry, 30),
+        );
+        let (Some(CENTRAL), Some(method), Some(n), Some(m)) = parts else {
+            return Ok(None);
+        };
         let (n, m) = (usize::from(n), usize::from(m));
         let length = 46 + n + m + usize::from(half(entry, 32).unwrap_or(0));
         if entry.len() < length {
@@ -161,10 +185,12 @@ impl Archive {
         }
         let [packed, size, header] = values;
         if method != 0 || packed != size {
-            return Err(Report::file(&self.path, format!("member {name:?} is compressed"))
-                .expected("members as torch.save stores them, uncompressed")
-                .remedy("save the file again with torch.save")
-                .unsupported());
+            return Err(
+                Report::file(&self.path, format!("member {name:?} is compressed"))
+                    .expected("members as torch.save stores them, uncompressed")
+                    .remedy("save the file again with torch.save")
+                    .unsupported(),
+            );
         }
         if header.checked_add(size).is_none_or(|end| end > self.len) {
             return Err(self.damaged(format!("member {name:?} of {size} bytes at {header}")));
@@ -178,7 +204,10 @@ impl Archive {
             return Err(self.damaged(format!("{size} bytes at {at} of {}", self.len)));
         }
         let mut bytes = vec![0; size as usize];
-        let read = self.file.seek(SeekFrom::Start(at)).and_then(|_| self.file.read_exact(&mut bytes));
+        let read = self
+            .file
+            .seek(SeekFrom::Start(at))
+            .and_then(|_| self.file.read_exact(&mut bytes));
         read.map_err(|e| Error::io(&self.path, e))?;
         Ok(bytes)
     }

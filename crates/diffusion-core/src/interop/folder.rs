@@ -65,17 +65,29 @@ impl DiffusersFolder {
         let mut components = BTreeMap::new();
         for (name, value) in &index {
             // Settings of the pipeline stand beside its parts; a part is a pair of texts.
-            let Some([library, class]) = value.as_array().map(Vec::as_slice) else { continue };
-            let (Some(library), Some(class)) = (library.as_str(), class.as_str()) else { continue };
+            let Some([library, class]) = value.as_array().map(Vec::as_slice) else {
+                continue;
+            };
+            let (Some(library), Some(class)) = (library.as_str(), class.as_str()) else {
+                continue;
+            };
             if name.is_empty() || name.contains(['/', '\\']) || name.contains("..") {
                 return Err(Report::file(&file, format!("the component name {name:?}"))
                     .expected("the plain name of a folder")
                     .input());
             }
-            let component = Component { library: library.into(), class: class.into() };
+            let component = Component {
+                library: library.into(),
+                class: class.into(),
+            };
             components.insert(name.clone(), component);
         }
-        Ok(Self { path: path.to_path_buf(), class, components, limits: limits.clone() })
+        Ok(Self {
+            path: path.to_path_buf(),
+            class,
+            components,
+            limits: limits.clone(),
+        })
     }
 
     /// The class of a part.
@@ -85,9 +97,15 @@ impl DiffusersFolder {
     pub fn component(&self, name: &str) -> Result<&Component> {
         self.components.get(name).ok_or_else(|| {
             let names: Vec<&str> = self.components.keys().map(String::as_str).collect();
-            Report::file(&self.path.join("model_index.json"), format!("no component `{name}`"))
-                .expected(format!("a pipeline with it; this one has {}", names.join(", ")))
-                .input()
+            Report::file(
+                &self.path.join("model_index.json"),
+                format!("no component `{name}`"),
+            )
+            .expected(format!(
+                "a pipeline with it; this one has {}",
+                names.join(", ")
+            ))
+            .input()
         })
     }
 
@@ -121,7 +139,10 @@ impl DiffusersFolder {
     /// As [`DiffusersFolder::config_text`]; also when it is not a JSON object.
     pub fn config(&self, name: &str) -> Result<Value> {
         self.component(name)?;
-        Ok(Value::Object(read_object(&self.config_path(name), &self.limits)?))
+        Ok(Value::Object(read_object(
+            &self.config_path(name),
+            &self.limits,
+        )?))
     }
 
     /// A network's weights by name, in f32 where they were stored in half precision.
@@ -161,7 +182,11 @@ pub fn write_pipeline(
         fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     }
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    write_safetensors_atomic(&unet.join(format!("{WEIGHTS}.safetensors")), weights, &metadata)?;
+    write_safetensors_atomic(
+        &unet.join(format!("{WEIGHTS}.safetensors")),
+        weights,
+        &metadata,
+    )?;
     write_config(&unet.join("config.json"), unet_config)?;
     write_config(&scheduler.join("scheduler_config.json"), scheduler_config)?;
     write_config(&path.join("model_index.json"), index)
@@ -169,7 +194,9 @@ pub fn write_pipeline(
 
 fn write_config(path: &Path, mut config: Value) -> Result<()> {
     if let Some(object) = config.as_object_mut() {
-        object.entry("_diffusers_version").or_insert_with(|| DIFFUSERS_VERSION.into());
+        object
+            .entry("_diffusers_version")
+            .or_insert_with(|| DIFFUSERS_VERSION.into());
     }
     // Alternate form is indented; keys come sorted out of a map.
     write_atomic(path, format!("{config:#}\n").as_bytes())
@@ -211,8 +238,14 @@ mod tests {
 
     fn written(dir: &Path) -> BTreeMap<String, Tensor> {
         let weights = BTreeMap::from([
-            ("b.weight".to_string(), Tensor::new(&[[1.5f32, -2.0]], &Device::Cpu).unwrap()),
-            ("a.bias".to_string(), Tensor::new(&[0.25f32], &Device::Cpu).unwrap()),
+            (
+                "b.weight".to_string(),
+                Tensor::new(&[[1.5f32, -2.0]], &Device::Cpu).unwrap(),
+            ),
+            (
+                "a.bias".to_string(),
+                Tensor::new(&[0.25f32], &Device::Cpu).unwrap(),
+            ),
         ]);
         let unet = json!({"_class_name": "UNet2DModel", "sample_size": 8});
         let scheduler = json!({"_class_name": "DDPMScheduler", "num_train_timesteps": 50});
@@ -229,7 +262,10 @@ mod tests {
         assert_eq!(folder.class, "DDPMPipeline");
         assert_eq!(folder.component("unet").unwrap().class, "UNet2DModel");
         assert_eq!(folder.config("unet").unwrap()["sample_size"], 8);
-        assert_eq!(folder.scheduler().unwrap().table().unwrap().betas().len(), 50);
+        assert_eq!(
+            folder.scheduler().unwrap().table().unwrap().betas().len(),
+            50
+        );
         let loaded = folder.weights("unet").unwrap();
         assert_eq!(loaded.len(), 2);
         for (name, tensor) in weights {
@@ -238,7 +274,11 @@ mod tests {
         }
         // The same pipeline gives the same bytes, and no temporary file stays behind.
         let bytes = |file: &str| fs::read(path.join(file)).unwrap();
-        let files = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"];
+        let files = [
+            "model_index.json",
+            "unet/config.json",
+            "scheduler/scheduler_config.json",
+        ];
         let before = files.map(bytes);
         written(&path);
         assert_eq!(files.map(bytes), before);
@@ -251,12 +291,17 @@ mod tests {
         let open = || DiffusersFolder::open(dir.path(), &Limits::default());
         assert!(open().unwrap_err().to_string().contains("model_index.json"));
         let index = dir.path().join("model_index.json");
-        for (text, part) in
-            [("[]", "JSON object"), ("{}", "_class_name"), ("{\"_class_name\": \"P\"", "line 1")]
-        {
+        for (text, part) in [
+            ("[]", "JSON object"),
+            ("{}", "_class_name"),
+            ("{\"_class_name\": \"P\"", "line 1"),
+        ] {
             fs::write(&index, text).unwrap();
             let message = open().unwrap_err().to_string();
-            assert!(message.contains(part) && message.contains("model_index.json"), "{message}");
+            assert!(
+                message.contains(part) && message.contains("model_index.json"),
+                "{message}"
+            );
         }
         fs::write(&index, r#"{"_class_name": "P", "a/b": ["x", "y"]}"#).unwrap();
         assert!(open().unwrap_err().to_string().contains("a/b"));
@@ -264,9 +309,26 @@ mod tests {
         fs::write(&index, text).unwrap();
         let folder = open().unwrap();
         assert_eq!(folder.components.len(), 1);
-        assert!(folder.component("vae").unwrap_err().to_string().contains("has unet"));
-        assert!(folder.weights("unet").unwrap_err().to_string().contains("unet"));
+        assert!(
+            folder
+                .component("vae")
+                .unwrap_err()
+                .to_string()
+                .contains("has unet")
+        );
+        assert!(
+            folder
+                .weights("unet")
+                .unwrap_err()
+                .to_string()
+                .contains("unet")
+        );
         let error = write_pipeline(dir.path(), "P", json!({}), &BTreeMap::new(), json!({}));
-        assert!(error.unwrap_err().to_string().contains("unet_config._class_name"));
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .contains("unet_config._class_name")
+        );
     }
 }

@@ -4,4 +4,5 @@ mod archive;
 pub mod folder;
 pub mod pickle;
 pub mod scheduler;
+mod unpickle;
 pub mod weights;

@@ -11,6 +11,7 @@ use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 
 use super::archive::Archive;
+use super::unpickle::{View, state_dict};
 use crate::error::{Error, Report, Result};
 use crate::limits::Limits;
 
@@ -22,7 +23,9 @@ use crate::limits::Limits;
 /// byte and bool; `Limit` above `limits`; `Io` when it cannot be read.
 pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>> {
     let mut archive = Archive::open(path, limits)?;
-    let program = archive.names().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
+    let program = archive
+        .names()
+        .find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
     let Some(program) = program.map(str::to_string) else {
         return Err(wrong(path, "an archive without data.pkl"));
     };
@@ -37,9 +40,7 @@ pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tens
             .unsupported());
     }
     let bytes = archive.read(&program, limits.json_bytes, "json_bytes")?;
-    let mut machine = Machine::default();
-    let root = machine.run(&bytes).map_err(|what| wrong(path, what))?;
-    let entries = machine.state_dict(root).map_err(|what| wrong(path, what))?;
+    let entries = state_dict(&bytes).map_err(|what| wrong(path, what))?;
     let mut out = BTreeMap::new();
     let mut storages: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     for (name, view) in entries {
@@ -47,26 +48,15 @@ pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tens
         if !storages.contains_key(&key) {
             // Tensors that share a storage usually follow each other.
             storages.clear();
-            storages.insert(key.clone(), archive.read(&key, limits.file_bytes, "file_bytes")?);
+            storages.insert(
+                key.clone(),
+                archive.read(&key, limits.file_bytes, "file_bytes")?,
+            );
         }
         let bytes = storages.get(&key).map_or(&[][..], Vec::as_slice);
         out.insert(name.clone(), tensor(archive.path(), &name, &view, bytes)?);
     }
     Ok(out)
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Storage {
-    class: String,
-    key: String,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct View {
-    storage: Storage,
-    offset: usize,
-    shape: Vec<usize>,
-    stride: Vec<usize>,
 }
 
 fn tensor(path: &Path, name: &str, view: &View, bytes: &[u8]) -> Result<Tensor> {
@@ -78,10 +68,12 @@ fn tensor(path: &Path, name: &str, view: &View, bytes: &[u8]) -> Result<Tensor> 
         "LongStorage" => typed(path, name, view, bytes, i64::from_le_bytes),
         "IntStorage" => typed(path, name, view, bytes, i32::from_le_bytes),
         "ByteStorage" | "BoolStorage" => typed(path, name, view, bytes, u8::from_le_bytes),
-        other => Err(Report::new(format!("{}: tensor `{name}`", path.display()), other)
-            .expected("float, double, half, bfloat16, long, int, byte or bool")
-            .remedy("convert the file to one of these element types")
-            .unsupported()),
+        other => Err(
+            Report::new(format!("{}: tensor `{name}`", path.display()), other)
+                .expected("float, double, half, bfloat16, long, int, byte or bool")
+                .remedy("convert the file to one of these element types")
+                .unsupported(),
+        ),
     }
 }
 
@@ -95,13 +87,28 @@ fn typed<T: WithDType, const N: usize>(
     let values = bytes.as_chunks::<N>().0;
     let bad = || {
         let at = format!("{}: tensor `{name}`", path.display());
-        let View { offset, shape, stride, .. } = view;
-        Report::new(at, format!("shape {shape:?}, stride {stride:?}, offset {offset}"))
-            .expected(format!("a view of the {} elements of its storage", values.len()))
-            .remedy("the file is damaged: copy or download it again")
-            .input()
+        let View {
+            offset,
+            shape,
+            stride,
+            ..
+        } = view;
+        Report::new(
+            at,
+            format!("shape {shape:?}, stride {stride:?}, offset {offset}"),
+        )
+        .expected(format!(
+            "a view of the {} elements of its storage",
+            values.len()
+        ))
+        .remedy("the file is damaged: copy or download it again")
+        .input()
     };
-    let count = view.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).ok_or_else(bad)?;
+    let count = view
+        .shape
+        .iter()
+        .try_fold(1usize, |n, d| n.checked_mul(*d))
+        .ok_or_else(bad)?;
     if view.shape.len() != view.stride.len() || count > values.len() {
         return Err(bad());
     }
@@ -111,7 +118,9 @@ fn typed<T: WithDType, const N: usize>(
         let index = place
             .iter()
             .zip(&view.stride)
-            .try_fold(view.offset, |sum, (i, s)| sum.checked_add(i.checked_mul(*s)?));
+            .try_fold(view.offset, |sum, (i, s)| {
+                sum.checked_add(i.checked_mul(*s)?)
+            });
         let value = index.and_then(|i| values.get(i)).ok_or_else(bad)?;
         out.push(decode(*value));
         for (i, d) in place.iter_mut().zip(&view.shape).rev() {
@@ -125,313 +134,172 @@ fn typed<T: WithDType, const N: usize>(
     Ok(Tensor::from_vec(out, view.shape.as_slice(), &Device::Cpu)?)
 }
 
-/// What stands on the stack. Containers hold places in the machine's memory, so that nothing nests
-/// however deep the pickle does.
-#[derive(Clone, Debug, PartialEq)]
-enum Object {
-    None,
-    Mark,
-    Int(i64),
-    Text(String),
-    Global(String, String),
-    Sequence(Vec<usize>),
-    Dict(Vec<(usize, usize)>),
-    Storage(Storage),
-    View(View),
-    Opaque,
-}
-
-#[derive(Default)]
-struct Machine {
-    objects: Vec<Object>,
-    stack: Vec<usize>,
-    memo: BTreeMap<u32, usize>,
-}
-
-/// What a malformed program is called in messages.
-type Step<T> = std::result::Result<T, String>;
-
-impl Machine {
-    /// Runs a program and gives the place of its result.
-    fn run(&mut self, program: &[u8]) -> Step<usize> {
-        let mut code = Code { bytes: program, at: 0 };
-        loop {
-            let op = code.byte()?;
-            match op {
-                b'.' => return self.pop(),
-                0x80 => drop(code.byte()?),
-                0x95 => drop(code.take(8)?),
-                b'(' => self.push(Object::Mark),
-                b'N' => self.push(Object::None),
-                b'}' => self.push(Object::Dict(Vec::new())),
-                b']' | b')' | 0x8f => self.push(Object::Sequence(Vec::new())),
-                0x88 => self.push(Object::Int(1)),
-                0x89 => self.push(Object::Int(0)),
-                b'K' => self.push(Object::Int(code.number(1)?)),
-                b'M' => self.push(Object::Int(code.number(2)?)),
-                b'J' => self.push(Object::Int(i64::from(code.number(4)? as i32))),
-                0x8a => {
-                    let n = usize::from(code.byte()?);
-                    self.push(Object::Int(code.long(n)?));
-                }
-                b'G' => {
-                    code.take(8)?;
-                    self.push(Object::Opaque);
-                }
-                b'X' | b'T' => self.text(&mut code, 4)?,
-                0x8c | b'U' => self.text(&mut code, 1)?,
-                b'B' | b'C' => {
-                    let n = code.number(if op == b'B' { 4 } else { 1 })?;
-                    code.take(n as usize)?;
-                    self.push(Object::Opaque);
-                }
-                b'c' => {
-                    let (module, name) = (code.line()?, code.line()?);
-                    self.push(Object::Global(module, name));
-                }
-                0x93 => {
-                    let (name, module) = (self.pop()?, self.pop()?);
-                    let global = match (&self.objects[module], &self.objects[name]) {
-                        (Object::Text(m), Object::Text(n)) => Object::Global(m.clone(), n.clone()),
-                        _ => Object::Opaque,
-                    };
-                    self.push(global);
-                }
-                b'q' => self.remember(code.number(1)? as u32)?,
-                b'r' => self.remember(code.number(4)? as u32)?,
-                0x94 => self.remember(self.memo.len() as u32)?,
-                b'h' => self.recall(code.number(1)? as u32)?,
-                b'j' => self.recall(code.number(4)? as u32)?,
-                0x85..=0x87 => {
-                    let n = usize::from(op - 0x84);
-                    let first = self.stack.len().checked_sub(n).ok_or("an empty stack")?;
-                    let items = self.stack.split_off(first);
-                    self.push(Object::Sequence(items));
-                }
-                b't' => {
-                    let items = self.since_mark()?;
-                    self.push(Object::Sequence(items));
-                }
-                b'0' => drop(self.pop()?),
-                b'1' => drop(self.since_mark()?),
-                b'a' => {
-                    let item = self.pop()?;
-                    self.extend(&[item])?;
-                }
-                b'e' => {
-                    let items = self.since_mark()?;
-                    self.extend(&items)?;
-                }
-                b's' => {
-                    let (value, key) = (self.pop()?, self.pop()?);
-                    self.extend(&[key, value])?;
-                }
-                b'u' => {
-                    let items = self.since_mark()?;
-                    self.extend(&items)?;
-                }
-                b'Q' => {
-                    let id = self.pop()?;
-                    let storage = self.storage(id)?;
-                    self.push(Object::Storage(storage));
-                }
-                b'R' => {
-                    let (args, callable) = (self.pop()?, self.pop()?);
-                    let result = self.call(callable, args)?;
-                    self.stack.push(result);
-                }
-                0x81 => {
-                    self.pop()?;
-                    self.pop()?;
-                    self.push(Object::Opaque);
-                }
-                // Attributes of the object below, such as the metadata of a state dict.
-                b'b' => drop(self.pop()?),
-                other => return Err(format!("the instruction {other:#04x} at {}", code.at - 1)),
-            }
-        }
-    }
-
-    fn push(&mut self, object: Object) {
-        self.stack.push(self.objects.len());
-        self.objects.push(object);
-    }
-
-    fn pop(&mut self) -> Step<usize> {
-        Ok(self.stack.pop().ok_or("an empty stack")?)
-    }
-
-    fn text(&mut self, code: &mut Code<'_>, width: usize) -> Step<()> {
-        let n = code.number(width)?;
-        let bytes = code.take(n as usize)?;
-        self.push(Object::Text(String::from_utf8_lossy(bytes).into_owned()));
-        Ok(())
-    }
-
-    fn since_mark(&mut self) -> Step<Vec<usize>> {
-        let mark = self.stack.iter().rposition(|i| self.objects[*i] == Object::Mark);
-        let mark = mark.ok_or("no mark on the stack")?;
-        let items = self.stack.split_off(mark + 1);
-        self.stack.pop();
-        Ok(items)
-    }
-
-    fn extend(&mut self, items: &[usize]) -> Step<()> {
-        let target = *self.stack.last().ok_or("an empty stack")?;
-        match &mut self.objects[target] {
-            Object::Sequence(list) => list.extend_from_slice(items),
-            Object::Dict(entries) => entries.extend(items.as_chunks::<2>().0.iter().map(|[k, v]| (*k, *v))),
-            Object::Opaque => {}
-            _ => return Err("items for something that holds none".into()),
-        }
-        Ok(())
-    }
-
-    fn remember(&mut self, key: u32) -> Step<()> {
-        let top = *self.stack.last().ok_or("an empty stack")?;
-        self.memo.insert(key, top);
-        Ok(())
-    }
-
-    fn recall(&mut self, key: u32) -> Step<()> {
-        let place = *self.memo.get(&key).ok_or("a memory that was never filled")?;
-        self.stack.push(place);
-        Ok(())
-    }
-
-    fn items(&self, place: usize) -> Step<&[usize]> {
-        match &self.objects[place] {
-            Object::Sequence(items) => Ok(items),
-            _ => Err("no tuple where one is expected".into()),
-        }
-    }
-
-    /// `("storage", class, key, device, length)`.
-    fn storage(&self, id: usize) -> Step<Storage> {
-        if let [_, class, key, ..] = self.items(id)?
-            && let Object::Global(_, class) = &self.objects[*class]
-            && let Object::Text(key) = &self.objects[*key]
-        {
-            return Ok(Storage { class: class.clone(), key: key.clone() });
-        }
-        Err("a reference to something else than a storage".into())
-    }
-
-    fn call(&mut self, callable: usize, args: usize) -> Step<usize> {
-        let Object::Global(module, name) = &self.objects[callable] else {
-            return Ok(self.place(Object::Opaque));
-        };
-        let object = match (module.as_str(), name.as_str()) {
-            ("collections", "OrderedDict") => Object::Dict(Vec::new()),
-            ("torch._utils", "_rebuild_tensor_v2") => Object::View(self.view(args)?),
-            ("torch._utils", "_rebuild_parameter") => {
-                return Ok(*self.items(args)?.first().ok_or("a parameter without a tensor")?);
-            }
-            _ => Object::Opaque,
-        };
-        Ok(self.place(object))
-    }
-
-    fn place(&mut self, object: Object) -> usize {
-        self.objects.push(object);
-        self.objects.len() - 1
-    }
-
-    /// `(storage, offset, shape, stride, …)`.
-    fn view(&self, args: usize) -> Step<View> {
-        let [storage, offset, shape, stride, ..] = self.items(args)? else {
-            return Err("a tensor without its four parts".into());
-        };
-        let Object::Storage(storage) = &self.objects[*storage] else {
-            return Err("a tensor without a storage".into());
-        };
-        let size = |place: &usize| match self.objects[*place] {
-            Object::Int(value) => usize::try_from(value).map_err(|_| "a negative size".to_string()),
-            _ => Err("a size that is no number".to_string()),
-        };
-        Ok(View {
-            storage: storage.clone(),
-            offset: size(offset)?,
-            shape: self.items(*shape)?.iter().map(size).collect::<Step<_>>()?,
-            stride: self.items(*stride)?.iter().map(size).collect::<Step<_>>()?,
-        })
-    }
-
-    /// The named tensors of a dictionary, or of the one under its key `state_dict`.
-    fn state_dict(&self, root: usize) -> Step<BTreeMap<String, View>> {
-        let Object::Dict(entries) = &self.objects[root] else {
-            return Err("no dictionary".into());
-        };
-        let named = |(key, value): &(usize, usize)| match &self.objects[*key] {
-            Object::Text(name) => Some((name.clone(), *value)),
-            _ => None,
-        };
-        let entries: Vec<(String, usize)> = entries.iter().filter_map(named).collect();
-        if let Some((_, inner)) = entries.iter().find(|(name, value)| {
-            name == "state_dict" && *value != root && matches!(self.objects[*value], Object::Dict(_))
-        }) {
-            let Object::Dict(inner) = &self.objects[*inner] else { return Err("no dictionary".into()) };
-            return self.views(inner.iter().filter_map(named));
-        }
-        self.views(entries.into_iter())
-    }
-
-    fn views(&self, entries: impl Iterator<Item = (String, usize)>) -> Step<BTreeMap<String, View>> {
-        entries
-            .map(|(name, value)| match &self.objects[value] {
-                Object::View(view) => Ok((name, view.clone())),
-                _ => Err(format!("the entry `{name}`, which is no tensor")),
-            })
-            .collect()
-    }
-}
-
-/// The bytes of a program, and where it stands.
-struct Code<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Code<'a> {
-    fn take(&mut self, n: usize) -> Step<&'a [u8]> {
-        let end = self.at.checked_add(n).filter(|end| *end <= self.bytes.len());
-        let end = end.ok_or("a program that breaks off")?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn byte(&mut self) -> Step<u8> {
-        Ok(self.take(1)?[0])
-    }
-
-    /// An unsigned number of up to four bytes.
-    fn number(&mut self, width: usize) -> Step<i64> {
-        Ok(self.take(width)?.iter().rev().fold(0, |n, b| n << 8 | i64::from(*b)))
-    }
-
-    /// A signed number of up to eight bytes.
-    fn long(&mut self, width: usize) -> Step<i64> {
-        let bytes = self.take(width)?;
-        if width > 8 {
-            return Err("a number of more than 64 bits".into());
-        }
-        let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
-        let start = if negative { -1 } else { 0 };
-        Ok(bytes.iter().rev().fold(start, |n, b| n << 8 | i64::from(*b)))
-    }
-
-    fn line(&mut self) -> Step<String> {
-        let rest = &self.bytes[self.at..];
-        let end = rest.iter().position(|b| *b == b'\n').ok_or("a program that breaks off")?;
-        let line = self.take(end + 1)?;
-        Ok(String::from_utf8_lossy(&line[..end]).into_owned())
-    }
-}
-
 fn wrong(path: &Path, what: impl std::fmt::Display) -> Error {
     Report::file(path, what)
         .expected("a pickled state dict: tensors by name, written by torch.save")
         .remedy("save the model as safetensors, or download it again")
         .input()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A zip archive of stored members.
+    fn zip(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let (mut out, mut directory) = (Vec::new(), Vec::new());
+        for (name, bytes) in members {
+            let at = out.len() as u32;
+            let (n, size) = (name.len() as u16, bytes.len() as u32);
+            let mut sizes = vec![0; 4];
+            sizes.extend([size, size].map(u32::to_le_bytes).as_flattened());
+            sizes.extend(n.to_le_bytes());
+            sizes.extend([0; 2]);
+            out.extend(b"PK\x03\x04\0\0\0\0\0\0\0\0\0\0");
+            out.extend(&sizes);
+            out.extend(name.as_bytes());
+            out.extend(*bytes);
+            directory.extend(b"PK\x01\x02\0\0\0\0\0\0\0\0\0\0\0\0");
+            directory.extend(&sizes);
+            directory.extend([0; 10]);
+            directory.extend(at.to_le_bytes());
+            directory.extend(name.as_bytes());
+        }
+        let (start, size, n) = (
+            out.len() as u32,
+            directory.len() as u32,
+            members.len() as u16,
+        );
+        out.extend(&directory);
+        out.extend(b"PK\x05\x06\0\0\0\0");
+        out.extend([n, n].map(u16::to_le_bytes).as_flattened());
+        out.extend([size, start].map(u32::to_le_bytes).as_flattened());
+        out.extend([0; 2]);
+        out
+    }
+
+    /// `_rebuild_tensor_v2(storage of `class` under `key`, offset, shape, stride)`.
+    fn view(class: &str, key: &str, offset: u8, shape: [u8; 2], stride: [u8; 2]) -> Vec<u8> {
+        let mut p = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storage".to_vec();
+        p.extend(format!("ctorch\n{class}\n").bytes());
+        p.extend([b'X', key.len() as u8, 0, 0, 0]);
+        p.extend(key.bytes());
+        p.extend(b"X\x03\0\0\0cpuK\x06tQ");
+        p.extend([b'K', offset]);
+        for [a, b] in [shape, stride] {
+            p.extend([b'K', a, b'K', b, 0x86]);
+        }
+        p.extend(b"\x89ccollections\nOrderedDict\n)RtR");
+        p
+    }
+
+    fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
+        let mut p = b"\x80\x02ccollections\nOrderedDict\n)Rq\0(".to_vec();
+        for (name, value) in entries {
+            p.extend([b'X', name.len() as u8, 0, 0, 0]);
+            p.extend(name.bytes());
+            p.extend(value);
+        }
+        p.extend(b"u.");
+        p
+    }
+
+    fn read(program: &[u8]) -> Result<BTreeMap<String, Tensor>> {
+        let data: Vec<u8> = (0..6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let members: [(&str, &[u8]); 3] = [
+            ("a/data.pkl", program),
+            ("a/byteorder", b"little"),
+            ("a/data/0", &data),
+        ];
+        read_file(&zip(&members))
+    }
+
+    fn read_file(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.bin");
+        fs::write(&path, bytes).unwrap();
+        read_pickle(&path, &Limits::default())
+    }
+
+    #[test]
+    fn views_of_a_storage_are_read_whatever_their_strides() {
+        let program = dict(&[
+            ("whole", view("FloatStorage", "0", 0, [2, 3], [3, 1])),
+            ("turned", view("FloatStorage", "0", 0, [3, 2], [1, 3])),
+            ("tail", view("FloatStorage", "0", 4, [1, 2], [2, 1])),
+        ]);
+        let read = read(&program).unwrap();
+        let rows = |name: &str| read[name].to_vec2::<f32>().unwrap();
+        assert_eq!(rows("whole"), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
+        assert_eq!(rows("turned"), [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]);
+        assert_eq!(rows("tail"), [[4.0, 5.0]]);
+    }
+
+    #[test]
+    fn a_state_dict_inside_a_checkpoint_is_found() {
+        let mut inner = dict(&[("w", view("FloatStorage", "0", 0, [1, 1], [1, 1]))]);
+        inner.pop();
+        let outer = dict(&[
+            ("epoch", b"K\x05".to_vec()),
+            ("state_dict", inner[2..].to_vec()),
+        ]);
+        assert_eq!(read(&outer).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn nothing_is_called_and_nothing_outside_is_read() {
+        let call = b"cos\nsystem\n(X\x02\0\0\0lstR".to_vec();
+        let message = read(&dict(&[("w", call)])).unwrap_err().to_string();
+        assert!(message.contains("`w`, which is no tensor"), "{message}");
+        for (offset, shape, stride) in [
+            (5, [1, 2], [1, 1]),
+            (0, [2, 3], [4, 1]),
+            (0, [7, 1], [0, 0]),
+        ] {
+            let program = dict(&[("w", view("FloatStorage", "0", offset, shape, stride))]);
+            let error = read(&program).unwrap_err();
+            assert!(matches!(error, Error::Input(_)), "{error}");
+        }
+        let message = |class: &str, key: &str| {
+            read(&dict(&[("w", view(class, key, 0, [1, 1], [1, 1]))]))
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(message("ShortStorage", "0").contains("ShortStorage"));
+        assert!(message("FloatStorage", "../0").contains("data/../0"));
+    }
+
+    #[test]
+    fn every_truncation_and_every_flipped_byte_is_an_error_or_a_tensor() {
+        let program = dict(&[("w", view("FloatStorage", "0", 0, [2, 3], [3, 1]))]);
+        for end in 0..program.len() {
+            assert!(read(&program[..end]).is_err(), "cut at {end}");
+        }
+        for at in 0..program.len() {
+            let mut spoilt = program.clone();
+            spoilt[at] ^= 0x55;
+            // Nothing to assert about the value: it must come back, not panic or hang.
+            let _ = read(&spoilt);
+        }
+        let whole = zip(&[("a/data.pkl", &program), ("a/data/0", &[0; 24])]);
+        assert_eq!(read_file(&whole).unwrap().len(), 1);
+        for end in 0..whole.len() {
+            assert!(read_file(&whole[..end]).is_err(), "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_archive_is_told_apart() {
+        let message = |bytes: &[u8]| read_file(bytes).unwrap_err().to_string();
+        assert!(message(b"<html>").contains("web page"));
+        assert!(message(b"\x80\x02\x8a\x0a").contains("before 1.6"));
+        assert!(message(b"").contains("no zip archive"));
+        let mut packed = zip(&[("a/data.pkl", b"N.")]);
+        let at = packed.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+        packed[at + 10] = 8;
+        assert!(message(&packed).contains("compressed"));
+        assert!(message(&zip(&[("a/data.pkl", b"N.")])).contains("no dictionary"));
+        assert!(message(&zip(&[("b", b"")])).contains("data.pkl"));
+    }
 }

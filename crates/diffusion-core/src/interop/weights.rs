@@ -22,6 +22,8 @@ use crate::checkpoint::read_safetensors;
 use crate::error::{Report, Result};
 use crate::limits::Limits;
 
+type Reader = fn(&Path, &Limits) -> Result<BTreeMap<String, Tensor>>;
+
 /// The weights in a folder, by name, on the CPU; half precision becomes f32.
 ///
 /// `stem` is the file name without its endings: `diffusion_pytorch_model` for networks of
@@ -37,7 +39,7 @@ pub fn load_weights(
     limits: &Limits,
 ) -> Result<BTreeMap<String, Tensor>> {
     let file = |ending: &str| -> PathBuf { folder.join(format!("{stem}{ending}")) };
-    let endings: [(&str, fn(&Path, &Limits) -> Result<BTreeMap<String, Tensor>>); 5] = [
+    let endings: [(&str, Reader); 5] = [
         (".safetensors", read_safetensors),
         (".safetensors.index.json", read_sharded),
         (".fp16.safetensors", read_safetensors),
@@ -71,7 +73,10 @@ pub fn load_weights(
 /// # Errors
 /// As [`load_weights`]; `Unsupported` for another ending.
 pub fn load_weight_file(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>> {
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let ending = path
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default();
     widened(match ending {
         "safetensors" => read_safetensors(path, limits)?,
         "json" => read_sharded(path, limits)?,
@@ -131,7 +136,9 @@ fn read_sharded(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>
                 }
                 place => {
                     let found = match place {
-                        Some(place) => format!("tensor `{name}`, which the index places in {place}"),
+                        Some(place) => {
+                            format!("tensor `{name}`, which the index places in {place}")
+                        }
                         None => format!("tensor `{name}`, which the index does not list"),
                     };
                     return Err(Report::file(&file, found)
@@ -151,7 +158,10 @@ fn read_sharded(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>
     if let Some(first) = missing.first() {
         return Err(Report::file(
             path,
-            format!("{} tensors that no shard holds, the first is `{first}`", missing.len()),
+            format!(
+                "{} tensors that no shard holds, the first is `{first}`",
+                missing.len()
+            ),
         )
         .expected("every listed tensor in its shard")
         .remedy("the files belong to different models: download them together")
@@ -219,9 +229,19 @@ mod tests {
         save(&half, &[("a", &[0.1])], DType::F16);
         let loaded = load(dir.path()).unwrap();
         assert_eq!(loaded["a"].dtype(), DType::F32);
-        assert_eq!(loaded["a"].to_vec1::<f32>().unwrap(), [half::f16::from_f32(0.1).to_f32()]);
-        save(&dir.path().join(format!("{STEM}.safetensors")), &[("a", &[0.1])], DType::F32);
-        assert_eq!(load(dir.path()).unwrap()["a"].to_vec1::<f32>().unwrap(), [0.1]);
+        assert_eq!(
+            loaded["a"].to_vec1::<f32>().unwrap(),
+            [half::f16::from_f32(0.1).to_f32()]
+        );
+        save(
+            &dir.path().join(format!("{STEM}.safetensors")),
+            &[("a", &[0.1])],
+            DType::F32,
+        );
+        assert_eq!(
+            load(dir.path()).unwrap()["a"].to_vec1::<f32>().unwrap(),
+            [0.1]
+        );
         save(&half, &[("a", &[0.5])], DType::BF16);
         let one = load_weight_file(&half, &Limits::default()).unwrap();
         assert_eq!(one["a"].to_vec1::<f32>().unwrap(), [0.5]);
@@ -230,13 +250,23 @@ mod tests {
     #[test]
     fn shards_are_put_together_and_checked_against_the_index() {
         let dir = tempfile::tempdir().unwrap();
-        let (one, two) = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors");
+        let (one, two) = (
+            "m-00001-of-00002.safetensors",
+            "m-00002-of-00002.safetensors",
+        );
         save(&dir.path().join(one), &[("a", &[1.0])], DType::F32);
-        save(&dir.path().join(two), &[("b", &[2.0]), ("c", &[3.0])], DType::F32);
+        save(
+            &dir.path().join(two),
+            &[("b", &[2.0]), ("c", &[3.0])],
+            DType::F32,
+        );
         index(dir.path(), &[("a", one), ("b", two), ("c", two)]);
         let names: Vec<String> = load(dir.path()).unwrap().into_keys().collect();
         assert_eq!(names, ["a", "b", "c"]);
-        index(dir.path(), &[("a", one), ("b", two), ("c", two), ("d", two)]);
+        index(
+            dir.path(),
+            &[("a", one), ("b", two), ("c", two), ("d", two)],
+        );
         assert!(message(dir.path()).contains("`d`"));
         index(dir.path(), &[("a", one), ("b", two)]);
         assert!(message(dir.path()).contains("`c`"));
@@ -251,10 +281,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("unet");
         fs::create_dir(&inner).unwrap();
-        save(&dir.path().join("x.safetensors"), &[("a", &[1.0])], DType::F32);
+        save(
+            &dir.path().join("x.safetensors"),
+            &[("a", &[1.0])],
+            DType::F32,
+        );
         let absolute = dir.path().join("x.safetensors");
-        for name in ["../x.safetensors", absolute.to_str().unwrap(), "", "x.bin", "s/x.safetensors"]
-        {
+        for name in [
+            "../x.safetensors",
+            absolute.to_str().unwrap(),
+            "",
+            "x.bin",
+            "s/x.safetensors",
+        ] {
             index(&inner, &[("a", name)]);
             assert!(message(&inner).contains("plain file name"), "{name}");
         }
@@ -264,7 +303,11 @@ mod tests {
     fn a_folder_without_weights_says_what_it_looked_for() {
         let dir = tempfile::tempdir().unwrap();
         assert!(message(dir.path()).contains("diffusion_pytorch_model.safetensors"));
-        fs::write(dir.path().join(format!("{STEM}.safetensors.index.json")), "{}").unwrap();
+        fs::write(
+            dir.path().join(format!("{STEM}.safetensors.index.json")),
+            "{}",
+        )
+        .unwrap();
         assert!(message(dir.path()).contains("weight_map"));
         fs::remove_file(dir.path().join(format!("{STEM}.safetensors.index.json"))).unwrap();
         fs::write(dir.path().join(format!("{STEM}.bin")), "<html>404</html>").unwrap();

@@ -129,7 +129,11 @@ impl TrainConfig {
             .checked_mul(self.accumulate as u64)
             .and_then(|n| n.checked_mul(self.steps));
         if positions.is_none_or(|p| p >= 1 << 56) {
-            return Err(wrong("steps", &self.steps, "fewer than 2⁵⁶ examples in the whole run"));
+            return Err(wrong(
+                "steps",
+                &self.steps,
+                "fewer than 2⁵⁶ examples in the whole run",
+            ));
         }
         let positive = |v: f64| v > 0.0 && v.is_finite();
         if !positive(self.lr) {
@@ -193,7 +197,11 @@ impl Checked {
     }
 
     pub(super) fn keep(&self) -> Keep {
-        Keep { last: self.keep_last, every: self.keep_every, best: self.keep_best }
+        Keep {
+            last: self.keep_last,
+            every: self.keep_every,
+            best: self.keep_best,
+        }
     }
 
     pub(super) fn rate(&self, step: u64) -> f64 {
@@ -223,9 +231,9 @@ mod or_off {
             None => Ok(None),
             Some(Either::Number(number)) => Ok(Some(number)),
             Some(Either::Text(text)) if text == "off" => Ok(None),
-            Some(Either::Text(text)) => {
-                Err(de::Error::custom(format!("`{text}`; expected a number or \"off\"")))
-            }
+            Some(Either::Text(text)) => Err(de::Error::custom(format!(
+                "`{text}`; expected a number or \"off\""
+            ))),
         }
     }
 }
@@ -245,12 +253,18 @@ mod tests {
             clip_norm: None,
             keep_every: Some(7),
             ema: EmaRule::Off {},
-            schedule: LrSchedule::CosineToFloor { warmup: 3, floor: 0.1 },
+            schedule: LrSchedule::CosineToFloor {
+                warmup: 3,
+                floor: 0.1,
+            },
             ..TrainConfig::default()
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(TrainConfig::from_json(&text, "x").unwrap(), config);
-        assert_eq!(TrainConfig::from_json("{}", "x").unwrap(), TrainConfig::default());
+        assert_eq!(
+            TrainConfig::from_json("{}", "x").unwrap(),
+            TrainConfig::default()
+        );
         TrainConfig::default().check().unwrap();
     }
 
@@ -260,12 +274,24 @@ mod tests {
             (r#"{"lr": -1}"#, ["train.lr", "-1", "positive"]),
             (r#"{"stepz": 1}"#, ["train.json", "stepz", "steps"]),
             (r#"{"steps": 0}"#, ["train.steps", "0", "at least 1"]),
-            (r#"{"batch_size": "many"}"#, ["train.json: batch_size", "many", "leave it out"]),
-            (r#"{"adamw": {"beta1": 1.0}}"#, ["train.adamw.beta1", "1", "[0, 1)"]),
+            (
+                r#"{"batch_size": "many"}"#,
+                ["train.json: batch_size", "many", "leave it out"],
+            ),
+            (
+                r#"{"adamw": {"beta1": 1.0}}"#,
+                ["train.adamw.beta1", "1", "[0, 1)"],
+            ),
             (r#"{"clip_norm": "no"}"#, ["train.json", "no", "off"]),
             (r#"{"clip_norm": 0}"#, ["train.clip_norm", "0", "off"]),
-            (r#"{"ema": {"kind": "plain", "decay": 1.5}}"#, ["train.ema.decay", "1.5", "[0, 1)"]),
-            (r#"{"ema": {"kind": "off", "decay": 0.5}}"#, ["train.json", "decay", "ema"]),
+            (
+                r#"{"ema": {"kind": "plain", "decay": 1.5}}"#,
+                ["train.ema.decay", "1.5", "[0, 1)"],
+            ),
+            (
+                r#"{"ema": {"kind": "off", "decay": 0.5}}"#,
+                ["train.json", "decay", "ema"],
+            ),
             (
                 r#"{"steps": 5, "schedule": {"kind": "linear", "warmup": 9}}"#,
                 ["train.schedule.warmup", "9", "train.steps = 5"],
@@ -274,7 +300,10 @@ mod tests {
                 r#"{"guard": {"policy": {"kind": "skip", "max_fraction": 2}}}"#,
                 ["train.guard.policy.max_fraction", "2", "[0, 1]"],
             ),
-            (r#"{"max_minutes": 0}"#, ["train.max_minutes", "0", "positive"]),
+            (
+                r#"{"max_minutes": 0}"#,
+                ["train.max_minutes", "0", "positive"],
+            ),
         ] {
             let error = error(json);
             for part in parts {
@@ -287,11 +316,28 @@ mod tests {
     fn what_does_not_change_the_numbers_may_change() {
         let of = |c: TrainConfig| c.check().unwrap().decisive("m");
         let base = of(TrainConfig::default());
-        assert_eq!(base, of(TrainConfig { steps: 9, keep_last: 1, ..TrainConfig::default() }));
-        assert_ne!(base, of(TrainConfig { seed: 9, ..TrainConfig::default() }));
+        assert_eq!(
+            base,
+            of(TrainConfig {
+                steps: 9,
+                keep_last: 1,
+                ..TrainConfig::default()
+            })
+        );
+        assert_ne!(
+            base,
+            of(TrainConfig {
+                seed: 9,
+                ..TrainConfig::default()
+            })
+        );
         let falling = |steps| {
             let schedule = LrSchedule::Linear { warmup: 0 };
-            of(TrainConfig { steps, schedule, ..TrainConfig::default() })
+            of(TrainConfig {
+                steps,
+                schedule,
+                ..TrainConfig::default()
+            })
         };
         assert_ne!(falling(5), falling(6));
     }

@@ -60,7 +60,11 @@ fn two_thirds() -> f64 {
 
 impl Default for EmaRule {
     fn default() -> Self {
-        Self::Plain { decay: largest(), update_after_step: 0, min_decay: 0.0 }
+        Self::Plain {
+            decay: largest(),
+            update_after_step: 0,
+            min_decay: 0.0,
+        }
     }
 }
 
@@ -76,17 +80,26 @@ impl EmaRule {
     pub fn decay(&self, step: u64) -> f64 {
         let (after, most, least) = match *self {
             Self::Off {} => return 0.0,
-            Self::Plain { decay, update_after_step, min_decay }
-            | Self::Warmup { decay, update_after_step, min_decay, .. } => {
-                (update_after_step, decay, min_decay)
+            Self::Plain {
+                decay,
+                update_after_step,
+                min_decay,
             }
+            | Self::Warmup {
+                decay,
+                update_after_step,
+                min_decay,
+                ..
+            } => (update_after_step, decay, min_decay),
         };
         let k = step.saturating_sub(after).saturating_sub(1) as f64;
         if k == 0.0 {
             return 0.0;
         }
         let value = match *self {
-            Self::Warmup { inv_gamma, power, .. } => 1.0 - (1.0 + k / inv_gamma).powf(-power),
+            Self::Warmup {
+                inv_gamma, power, ..
+            } => 1.0 - (1.0 + k / inv_gamma).powf(-power),
             _ => (1.0 + k) / (10.0 + k),
         };
         value.min(most).max(least)
@@ -104,13 +117,31 @@ impl EmaRule {
         };
         match *self {
             Self::Off {} => Ok(()),
-            Self::Plain { decay, min_decay, .. } | Self::Warmup { decay, min_decay, .. } => {
-                field("decay", decay, (0.0..1.0).contains(&decay), "a number in [0, 1)")?;
+            Self::Plain {
+                decay, min_decay, ..
+            }
+            | Self::Warmup {
+                decay, min_decay, ..
+            } => {
+                field(
+                    "decay",
+                    decay,
+                    (0.0..1.0).contains(&decay),
+                    "a number in [0, 1)",
+                )?;
                 let ok = (0.0..=decay).contains(&min_decay);
                 field("min_decay", min_decay, ok, "a number between 0 and decay")?;
-                if let Self::Warmup { inv_gamma, power, .. } = *self {
+                if let Self::Warmup {
+                    inv_gamma, power, ..
+                } = *self
+                {
                     let positive = |v: f64| v > 0.0 && v.is_finite();
-                    field("inv_gamma", inv_gamma, positive(inv_gamma), "a positive number")?;
+                    field(
+                        "inv_gamma",
+                        inv_gamma,
+                        positive(inv_gamma),
+                        "a positive number",
+                    )?;
                     field("power", power, positive(power), "a positive number")?;
                 }
                 Ok(())
@@ -138,7 +169,11 @@ impl Ema {
         if rule == (EmaRule::Off {}) {
             return Ok(None);
         }
-        Ok(Some(Self { rule, count: 0, shadow: copies(params.iter().map(|(n, v)| (n, &**v)))? }))
+        Ok(Some(Self {
+            rule,
+            count: 0,
+            shadow: copies(params.iter().map(|(n, v)| (n, &**v)))?,
+        }))
     }
 
     /// One update.
@@ -154,7 +189,9 @@ impl Ema {
         self.count += 1;
         let pull = 1.0 - self.rule.decay(self.count);
         for (name, var) in params {
-            let Some(shadow) = self.shadow.get_mut(name) else { continue };
+            let Some(shadow) = self.shadow.get_mut(name) else {
+                continue;
+            };
             if in_place(shadow) && in_place(var) {
                 shadow.inplace_op2(var.as_tensor(), &Pull(pull))?;
             } else {
@@ -206,7 +243,9 @@ impl Ema {
 pub(super) fn copies<'a>(
     tensors: impl Iterator<Item = (&'a String, &'a Tensor)>,
 ) -> Result<BTreeMap<String, Tensor>> {
-    tensors.map(|(n, t)| Ok((n.clone(), t.detach().force_contiguous()?.detach()))).collect()
+    tensors
+        .map(|(n, t)| Ok((n.clone(), t.detach().force_contiguous()?.detach())))
+        .collect()
 }
 
 /// Refuses saved tensors that differ from the present ones in name, shape or element type.

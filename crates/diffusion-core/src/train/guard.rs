@@ -63,7 +63,11 @@ pub struct SpikeRule {
 
 impl Default for SpikeRule {
     fn default() -> Self {
-        Self { window: 200, mads: 10.0, grad_factor: 20.0 }
+        Self {
+            window: 200,
+            mads: 10.0,
+            grad_factor: 20.0,
+        }
     }
 }
 
@@ -126,14 +130,21 @@ impl Guard {
     /// Takes note of a step, and says why it is a spike if it is one.
     pub fn observe(&mut self, rule: &SpikeRule, loss: f64, grad_norm: f64) -> Option<String> {
         let ready = self.seen >= rule.window.min(100) as u64;
-        let spike = if ready { self.judge(rule, loss, grad_norm) } else { None };
+        let spike = if ready {
+            self.judge(rule, loss, grad_norm)
+        } else {
+            None
+        };
         self.losses.push_back(loss);
         while self.losses.len() > rule.window {
             self.losses.pop_front();
         }
         // A spike must not raise the bar for the next one by more than it takes to get used to it.
-        let norm =
-            if ready { grad_norm.min(rule.grad_factor * self.grad_norm) } else { grad_norm };
+        let norm = if ready {
+            grad_norm.min(rule.grad_factor * self.grad_norm)
+        } else {
+            grad_norm
+        };
         self.seen += 1;
         // The plain mean at first, then the moving average: no bias towards the start.
         let rate = (1.0 / self.seen as f64).max(0.01);
@@ -146,11 +157,16 @@ impl Guard {
         let mad = median(self.losses.iter().map(|l| (l - middle).abs()));
         let most = middle + rule.mads * mad.max(middle.abs() / 100.0);
         if loss > most {
-            return Some(format!("loss {loss:e} with a median of {middle:e} and a MAD of {mad:e}"));
+            return Some(format!(
+                "loss {loss:e} with a median of {middle:e} and a MAD of {mad:e}"
+            ));
         }
         let most = rule.grad_factor * self.grad_norm;
         (grad_norm > most).then(|| {
-            format!("gradient norm {grad_norm:e} with an average of {:e}", self.grad_norm)
+            format!(
+                "gradient norm {grad_norm:e} with an average of {:e}",
+                self.grad_norm
+            )
         })
     }
 }
@@ -159,7 +175,11 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
     sorted.sort_unstable_by(f64::total_cmp);
     let n = sorted.len();
-    if n == 0 { 0.0 } else { 0.5 * (sorted[(n - 1) / 2] + sorted[n / 2]) }
+    if n == 0 {
+        0.0
+    } else {
+        0.5 * (sorted[(n - 1) / 2] + sorted[n / 2])
+    }
 }
 
 #[cfg(test)]
@@ -184,13 +204,21 @@ mod tests {
         let before = guard.clone();
         assert!(guard.observe(&rule, 1.0, 0.1).unwrap().contains("median"));
         guard = before;
-        assert!(guard.observe(&rule, 0.1, 5.0).unwrap().contains("gradient norm"));
+        assert!(
+            guard
+                .observe(&rule, 0.1, 5.0)
+                .unwrap()
+                .contains("gradient norm")
+        );
     }
 
     #[test]
     fn a_constant_loss_is_no_reason_for_alarm() {
         let mut guard = Guard::default();
-        let rule = SpikeRule { window: 10, ..SpikeRule::default() };
+        let rule = SpikeRule {
+            window: 10,
+            ..SpikeRule::default()
+        };
         for _ in 0..20 {
             assert_eq!(guard.observe(&rule, 1.0, 1.0), None);
         }

@@ -21,7 +21,11 @@ pub(super) fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
         sums.iter().sum::<f64>() + rest
     }
     if !tensor.device().is_cpu() {
-        return Ok(tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?);
+        return Ok(tensor
+            .to_dtype(DType::F64)?
+            .sqr()?
+            .sum_all()?
+            .to_scalar::<f64>()?);
     }
     on_cpu(tensor, |storage, begin, end| match storage {
         CpuStorage::F32(v) => sum(&v[begin..end], f64::from),
@@ -136,7 +140,10 @@ impl InplaceOp2 for Pull {
         macro_rules! run {
             ($s:expr, $p:expr, $t:ty) => {{
                 let pull = self.0 as $t;
-                $s[rs].iter_mut().zip(&$p[rp]).for_each(|(s, &p)| *s -= pull * (*s - p));
+                $s[rs]
+                    .iter_mut()
+                    .zip(&$p[rp])
+                    .for_each(|(s, &p)| *s -= pull * (*s - p));
             }};
         }
         match (s, p) {

@@ -121,9 +121,7 @@ impl LrSchedule {
         let p = (step - warmup) as f64 / length;
         match *self {
             Self::Constant {} | Self::ConstantWithWarmup { .. } => base,
-            Self::Linear { .. } => {
-                base * ((steps as f64 - step as f64) / length).max(0.0)
-            }
+            Self::Linear { .. } => base * ((steps as f64 - step as f64) / length).max(0.0),
             Self::Cosine { cycles, .. } => {
                 base * (0.5 * (1.0 + (PI * cycles * 2.0 * p).cos())).max(0.0)
             }
@@ -149,7 +147,11 @@ impl LrSchedule {
                 .config()
         };
         if self.depends_on_steps() && self.warmup() >= steps {
-            return Err(wrong("warmup", &self.warmup(), format!("fewer than train.steps = {steps}")));
+            return Err(wrong(
+                "warmup",
+                &self.warmup(),
+                format!("fewer than train.steps = {steps}"),
+            ));
         }
         match *self {
             Self::Cosine { cycles, .. } if !(cycles > 0.0 && cycles.is_finite()) => {
@@ -158,9 +160,11 @@ impl LrSchedule {
             Self::CosineWithRestarts { cycles: 0, .. } => {
                 Err(wrong("cycles", &0, "at least 1".into()))
             }
-            Self::Polynomial { end, .. } if !(0.0..base).contains(&end) => {
-                Err(wrong("end", &end, format!("at least 0 and below train.lr = {base}")))
-            }
+            Self::Polynomial { end, .. } if !(0.0..base).contains(&end) => Err(wrong(
+                "end",
+                &end,
+                format!("at least 0 and below train.lr = {base}"),
+            )),
             Self::Polynomial { power, .. } if !(power > 0.0 && power.is_finite()) => {
                 Err(wrong("power", &power, "a positive number".into()))
             }

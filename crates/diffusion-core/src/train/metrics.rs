@@ -29,12 +29,19 @@ pub struct JsonLines {
 impl JsonLines {
     /// Will write to `path`, usually in the run folder; touches nothing before the run starts.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), timed: false, file: None }
+        Self {
+            path: path.into(),
+            timed: false,
+            file: None,
+        }
     }
 
     /// Adds seconds and examples per second to each step. Two runs then differ.
     pub fn timed(self) -> Self {
-        Self { timed: true, ..self }
+        Self {
+            timed: true,
+            ..self
+        }
     }
 
     /// Keeps the lines up to `step` and drops the rest, torn last lines included.
@@ -56,7 +63,10 @@ impl JsonLines {
             fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         }
         write_atomic(&self.path, &kept)?;
-        let file = OpenOptions::new().append(true).open(&self.path).map_err(io)?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(&self.path)
+            .map_err(io)?;
         self.file = Some(file);
         Ok(())
     }
@@ -77,7 +87,10 @@ impl JsonLines {
 }
 
 fn step_of(line: &[u8]) -> Option<u64> {
-    serde_json::from_slice::<Value>(line).ok()?.get("step")?.as_u64()
+    serde_json::from_slice::<Value>(line)
+        .ok()?
+        .get("step")?
+        .as_u64()
 }
 
 impl Observer for JsonLines {
@@ -93,7 +106,16 @@ impl Observer for JsonLines {
                 Some(file) => file.sync_data().map_err(|e| Error::io(&self.path, e)),
                 None => Ok(()),
             },
-            Event::Step { step, epoch, loss, losses, grad_norm, lr, seconds, examples_per_s } => {
+            Event::Step {
+                step,
+                epoch,
+                loss,
+                losses,
+                grad_norm,
+                lr,
+                seconds,
+                examples_per_s,
+            } => {
                 let mut terms = Map::new();
                 for l in losses {
                     let name = match terms.contains_key(&l.name) {
@@ -146,9 +168,18 @@ mod tests {
         first.on(&Event::Started { resumed_from: None }).unwrap();
         (1..=7).for_each(|s| first.on(&step(s)).unwrap());
         drop(first);
-        OpenOptions::new().append(true).open(&b).unwrap().write_all(b"{\"step\":8,\"ep").unwrap();
+        OpenOptions::new()
+            .append(true)
+            .open(&b)
+            .unwrap()
+            .write_all(b"{\"step\":8,\"ep")
+            .unwrap();
         let mut second = JsonLines::new(&b);
-        second.on(&Event::Started { resumed_from: Some(4) }).unwrap();
+        second
+            .on(&Event::Started {
+                resumed_from: Some(4),
+            })
+            .unwrap();
         (5..=9).for_each(|s| second.on(&step(s)).unwrap());
         assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap());
         assert_eq!(fs::read_to_string(&a).unwrap().lines().count(), 9);
@@ -157,6 +188,9 @@ mod tests {
         fresh.on(&Event::Started { resumed_from: None }).unwrap();
         fresh.on(&step(1)).unwrap();
         let text = fs::read_to_string(&b).unwrap();
-        assert!(text.lines().count() == 1 && text.contains("seconds"), "{text}");
+        assert!(
+            text.lines().count() == 1 && text.contains("seconds"),
+            "{text}"
+        );
     }
 }

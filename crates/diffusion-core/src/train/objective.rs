@@ -103,7 +103,11 @@ pub struct Loss {
 impl Loss {
     /// A term with weight 1.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
-        Self { name: name.into(), value, weight: 1.0 }
+        Self {
+            name: name.into(),
+            value,
+            weight: 1.0,
+        }
     }
 
     /// The same term with another weight.
@@ -144,7 +148,13 @@ impl StepCtx {
     /// A first micro-batch, phase and epoch; for tests and for code that draws like the trainer.
     pub fn new(seed: u64, step: u64, items: Vec<u64>) -> Self {
         let repeats = vec![0; items.len()];
-        Self { seed, step, items, repeats, ..Self::default() }
+        Self {
+            seed,
+            step,
+            items,
+            repeats,
+            ..Self::default()
+        }
     }
 
     /// The key of the `i`-th example of the batch in a stream of [`diffusion_ops::rng::stream`].
@@ -188,17 +198,23 @@ impl StepCtx {
         }
         let mut dims = vec![self.items.len()];
         dims.extend_from_slice(shape);
-        Ok(Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        Ok(Tensor::from_vec(values, dims, &Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(device)?)
     }
 
     /// One uniform diffusion time in `[0, 1)` for each example.
     pub fn times(&self) -> Vec<f64> {
-        (0..self.items.len()).map(|i| self.time_key(i).uniform(1)[0]).collect()
+        (0..self.items.len())
+            .map(|i| self.time_key(i).uniform(1)[0])
+            .collect()
     }
 
     /// One uniform diffusion step in `0..steps` for each example.
     pub fn time_steps(&self, steps: u64) -> Vec<u64> {
-        (0..self.items.len()).map(|i| self.time_key(i).below(steps)).collect()
+        (0..self.items.len())
+            .map(|i| self.time_key(i).below(steps))
+            .collect()
     }
 }
 
@@ -210,7 +226,10 @@ mod tests {
     fn noise_belongs_to_the_example_and_not_to_the_batch() {
         let ctx = |items: &[u64]| StepCtx::new(5, 9, items.to_vec());
         let noise = |c: &StepCtx| {
-            c.noise(&[2, 3], DType::F32, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap()
+            c.noise(&[2, 3], DType::F32, &Device::Cpu)
+                .unwrap()
+                .to_vec3::<f32>()
+                .unwrap()
         };
         let (all, one) = (ctx(&[4, 7, 2]), ctx(&[7]));
         assert_eq!(noise(&all)[1], noise(&one)[0]);
@@ -226,14 +245,38 @@ mod tests {
             base.noise_key(0),
             base.time_key(0),
             base.dropout_key(0),
-            StepCtx { step: 10, ..base.clone() }.noise_key(0),
-            StepCtx { phase: 1, ..base.clone() }.noise_key(0),
-            StepCtx { repeats: vec![1], ..base.clone() }.noise_key(0),
-            StepCtx { seed: 6, ..base.clone() }.noise_key(0),
+            StepCtx {
+                step: 10,
+                ..base.clone()
+            }
+            .noise_key(0),
+            StepCtx {
+                phase: 1,
+                ..base.clone()
+            }
+            .noise_key(0),
+            StepCtx {
+                repeats: vec![1],
+                ..base.clone()
+            }
+            .noise_key(0),
+            StepCtx {
+                seed: 6,
+                ..base.clone()
+            }
+            .noise_key(0),
         ];
         for (i, a) in keys.iter().enumerate() {
             assert!(keys[..i].iter().all(|b| a != b));
         }
-        assert_eq!(base.noise_key(0), StepCtx { micro: 3, epoch: 2, ..base.clone() }.noise_key(0));
+        assert_eq!(
+            base.noise_key(0),
+            StepCtx {
+                micro: 3,
+                epoch: 2,
+                ..base.clone()
+            }
+            .noise_key(0)
+        );
     }
 }

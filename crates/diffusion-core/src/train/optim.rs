@@ -25,7 +25,12 @@ pub struct AdamWConfig {
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+        }
     }
 }
 
@@ -45,7 +50,9 @@ impl Grads {
         params: impl Iterator<Item = (&'a String, &'a Var)>,
     ) -> Result<()> {
         for (name, var) in params {
-            let Some(new) = store.remove(var.as_tensor()) else { continue };
+            let Some(new) = store.remove(var.as_tensor()) else {
+                continue;
+            };
             // Detached, or the graph of the backward pass would stay alive with the sum.
             let new = new.detach().contiguous()?;
             let sum = match self.0.get(name) {
@@ -111,7 +118,10 @@ struct Slot {
 impl AdamW {
     /// An optimiser that has seen no gradient.
     pub fn new(config: AdamWConfig) -> Self {
-        Self { config, slots: BTreeMap::new() }
+        Self {
+            config,
+            slots: BTreeMap::new(),
+        }
     }
 
     /// Updates the parameters that have a gradient; each gradient is first multiplied by `scale`.
@@ -127,7 +137,9 @@ impl AdamW {
         scale: f64,
     ) -> Result<()> {
         for (name, grad) in grads.iter() {
-            let Some(var) = params.get(name) else { continue };
+            let Some(var) = params.get(name) else {
+                continue;
+            };
             if !self.slots.contains_key(name) {
                 let m = Tensor::zeros(var.shape(), moment_type(var.dtype()), var.device())?;
                 let v = m.zeros_like()?;
@@ -145,12 +157,19 @@ impl AdamW {
     /// optimiser's own: copy them to keep them beyond the next update.
     pub fn state(&self) -> AdamState {
         let of = |f: fn(&Slot) -> &Tensor| {
-            self.slots.iter().map(|(n, s)| (n.clone(), f(s).clone())).collect()
+            self.slots
+                .iter()
+                .map(|(n, s)| (n.clone(), f(s).clone()))
+                .collect()
         };
         AdamState {
             m: of(|s| &s.m),
             v: of(|s| &s.v),
-            updates: self.slots.iter().map(|(n, s)| (n.clone(), s.updates)).collect(),
+            updates: self
+                .slots
+                .iter()
+                .map(|(n, s)| (n.clone(), s.updates))
+                .collect(),
         }
     }
 
@@ -162,7 +181,11 @@ impl AdamW {
     /// no partner or another shape or element type.
     pub fn restore(&mut self, params: &BTreeMap<String, Var>, state: &AdamState) -> Result<()> {
         let mut slots = BTreeMap::new();
-        let names = state.m.keys().chain(state.v.keys()).chain(state.updates.keys());
+        let names = state
+            .m
+            .keys()
+            .chain(state.v.keys())
+            .chain(state.updates.keys());
         for name in names {
             if slots.contains_key(name) {
                 continue;
@@ -189,10 +212,16 @@ impl AdamW {
                     return Err(misfit(&found, format!("{dtype:?} {:?}", var.dims())));
                 }
             }
-            let own = |t: &Tensor| -> Result<Tensor> {
-                Ok(t.to_device(var.device())?.copy()?.detach())
-            };
-            slots.insert(name.clone(), Slot { updates, m: own(m)?, v: own(v)? });
+            let own =
+                |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(var.device())?.copy()?.detach()) };
+            slots.insert(
+                name.clone(),
+                Slot {
+                    updates,
+                    m: own(m)?,
+                    v: own(v)?,
+                },
+            );
         }
         self.slots = slots;
         Ok(())
@@ -211,7 +240,11 @@ pub struct AdamState {
 }
 
 fn moment_type(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+    if dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 impl Slot {
@@ -230,11 +263,26 @@ impl Slot {
         let (decay, rate) = (1.0 - lr * c.weight_decay, lr / bias1);
         let root = 1.0 / bias2.sqrt();
         if in_place(var) && grad.dtype() == var.dtype() && in_place(grad) {
-            let first = Blend { keep: c.beta1, add: 1.0 - c.beta1, scale, squared: false };
-            let second = Blend { keep: c.beta2, add: 1.0 - c.beta2, scale, squared: true };
+            let first = Blend {
+                keep: c.beta1,
+                add: 1.0 - c.beta1,
+                scale,
+                squared: false,
+            };
+            let second = Blend {
+                keep: c.beta2,
+                add: 1.0 - c.beta2,
+                scale,
+                squared: true,
+            };
             self.m.inplace_op2(grad, &first)?;
             self.v.inplace_op2(grad, &second)?;
-            let descend = Descend { decay, rate, root, eps: c.eps };
+            let descend = Descend {
+                decay,
+                rate,
+                root,
+                eps: c.eps,
+            };
             var.as_tensor().inplace_op3(&self.m, &self.v, &descend)?;
             return Ok(());
         }

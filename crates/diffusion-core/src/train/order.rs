@@ -38,7 +38,13 @@ impl Order {
                 .remedy("check the data folder and the split")
                 .input());
         }
-        Ok(Self { seed, len, batch, accumulate, epochs: BTreeMap::new() })
+        Ok(Self {
+            seed,
+            len,
+            batch,
+            accumulate,
+            epochs: BTreeMap::new(),
+        })
     }
 
     /// The examples that one optimiser step uses.
@@ -54,9 +60,10 @@ impl Order {
         while self.epochs.len() > 2 {
             self.epochs.pop_first();
         }
-        let order = self.epochs.entry(epoch).or_insert_with(|| {
-            Key::new(seed, stream::ORDER).item(epoch).permutation(len)
-        });
+        let order = self
+            .epochs
+            .entry(epoch)
+            .or_insert_with(|| Key::new(seed, stream::ORDER).item(epoch).permutation(len));
         order[at as usize]
     }
 
@@ -67,8 +74,9 @@ impl Order {
         (0..self.accumulate as u64)
             .map(|micro| {
                 let start = first + micro * self.batch as u64;
-                let items: Vec<u64> =
-                    (start..start + self.batch as u64).map(|p| self.item(p) as u64).collect();
+                let items: Vec<u64> = (start..start + self.batch as u64)
+                    .map(|p| self.item(p) as u64)
+                    .collect();
                 let repeats = items
                     .iter()
                     .map(|&item| {
@@ -78,7 +86,15 @@ impl Order {
                     })
                     .collect();
                 let epoch = start / self.len as u64;
-                StepCtx { seed: self.seed, step, micro, epoch, items, repeats, phase: 0 }
+                StepCtx {
+                    seed: self.seed,
+                    step,
+                    micro,
+                    epoch,
+                    items,
+                    repeats,
+                    phase: 0,
+                }
             })
             .collect()
     }
@@ -91,7 +107,9 @@ mod tests {
     #[test]
     fn every_epoch_is_a_permutation_and_differs_from_the_one_before() {
         let mut order = Order::new(3, 10, 4, 1).unwrap();
-        let items: Vec<u64> = (0..5).flat_map(|s| order.step(s)[0].items.clone()).collect();
+        let items: Vec<u64> = (0..5)
+            .flat_map(|s| order.step(s)[0].items.clone())
+            .collect();
         for epoch in items.chunks(10) {
             let mut sorted = epoch.to_vec();
             sorted.sort_unstable();

@@ -62,7 +62,9 @@ impl Serialize for Exact {
 impl<'de> Deserialize<'de> for Exact {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = String::deserialize(d)?;
-        text.parse().map(Exact).map_err(|e| de::Error::custom(format!("`{text}`: {e}")))
+        text.parse()
+            .map(Exact)
+            .map_err(|e| de::Error::custom(format!("`{text}`: {e}")))
     }
 }
 
@@ -128,7 +130,11 @@ impl Trainer {
         };
         let mut state = serde_json::to_vec_pretty(&saved).map_err(|e| broken(&e))?;
         state.push(b'\n');
-        let params = self.params.iter().map(|(n, v)| (n.clone(), v.as_tensor().detach())).collect();
+        let params = self
+            .params
+            .iter()
+            .map(|(n, v)| (n.clone(), v.as_tensor().detach()))
+            .collect();
         let mut groups = BTreeMap::from([
             (PARAMS.to_string(), params),
             (ADAM_M.to_string(), adam.m),
@@ -138,7 +144,12 @@ impl Trainer {
         if let Some(ema) = &self.ema {
             groups.insert(EMA.to_string(), ema.shadow().clone());
         }
-        Ok(Snapshot { step, groups, state, score: self.progress.score })
+        Ok(Snapshot {
+            step,
+            groups,
+            state,
+            score: self.progress.score,
+        })
     }
 
     /// Takes back a checkpoint: parameters (in the variables given to [`Trainer::new`]), average,
@@ -161,10 +172,21 @@ impl Trainer {
         }
         let empty = BTreeMap::new();
         let group = |name: &str| snapshot.groups.get(name).unwrap_or(&empty);
-        same_layout(PARAMS, group(PARAMS), self.params.iter().map(|(n, v)| (n, &**v)))?;
+        same_layout(
+            PARAMS,
+            group(PARAMS),
+            self.params.iter().map(|(n, v)| (n, &**v)),
+        )?;
         let mut optim = self.optim.clone();
         let (m, v) = (group(ADAM_M).clone(), group(ADAM_V).clone());
-        optim.restore(&self.params, &AdamState { m, v, updates: saved.adam_updates })?;
+        optim.restore(
+            &self.params,
+            &AdamState {
+                m,
+                v,
+                updates: saved.adam_updates,
+            },
+        )?;
         let ema = match self.ema.clone() {
             Some(mut ema) => {
                 // A run that begins to average takes the weights as they are.
@@ -238,7 +260,9 @@ impl Trainer {
 }
 
 fn hash(config: &Value) -> String {
-    blake3::hash(config.to_string().as_bytes()).to_hex().to_string()
+    blake3::hash(config.to_string().as_bytes())
+        .to_hex()
+        .to_string()
 }
 
 fn broken(error: &dyn fmt::Display) -> Error {

@@ -81,7 +81,13 @@ impl Trainer {
             return Ok(Err(self.failure(why, false, objective, ctx)));
         }
         let loss = losses.iter().map(|l| l.weight * l.value).sum();
-        Ok(Ok(Made { epoch: ctx.epoch, loss, losses, grad_norm: squares.sqrt(), lr }))
+        Ok(Ok(Made {
+            epoch: ctx.epoch,
+            loss,
+            losses,
+            grad_norm: squares.sqrt(),
+            lr,
+        }))
     }
 
     fn backward<O: Objective>(
@@ -104,10 +110,18 @@ impl Trainer {
                 .remedy("take the mean or the sum")
                 .input());
             }
-            let value = loss.value.detach().flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+            let value = loss
+                .value
+                .detach()
+                .flatten_all()?
+                .to_dtype(DType::F64)?
+                .to_vec1::<f64>()?[0];
             if !value.is_finite() || !loss.weight.is_finite() {
                 let dtype = loss.value.dtype();
-                let why = format!("loss `{}` = {value} ({dtype:?}), weight {}", loss.name, loss.weight);
+                let why = format!(
+                    "loss `{}` = {value} ({dtype:?}), weight {}",
+                    loss.name, loss.weight
+                );
                 return Ok(Err(self.failure(why, true, objective, ctx)));
             }
             if loss.weight != 0.0 {
@@ -132,7 +146,10 @@ impl Trainer {
         }
         if let Some(total) = total {
             let mut store = total.backward()?;
-            let trained = self.params.iter().filter(|(n, _)| objective.trains(ctx.phase, n));
+            let trained = self
+                .params
+                .iter()
+                .filter(|(n, _)| objective.trains(ctx.phase, n));
             grads.add(&mut store, trained)?;
         }
         Ok(Ok(()))
@@ -175,7 +192,10 @@ impl Trainer {
         if ctx.items.len() > items.len() {
             items.push(format!("… {} in all", ctx.items.len()));
         }
-        let more = objective.describe(ctx.phase, ctx).map(|d| format!(", {d}")).unwrap_or_default();
+        let more = objective
+            .describe(ctx.phase, ctx)
+            .map(|d| format!(", {d}"))
+            .unwrap_or_default();
         let why = format!(
             "step {}, phase {}, micro-batch {}: {what}; examples {}{more}",
             ctx.step + 1,
@@ -183,11 +203,18 @@ impl Trainer {
             ctx.micro,
             items.join(" "),
         );
-        Failure { why, weights_are_sound }
+        Failure {
+            why,
+            weights_are_sound,
+        }
     }
 }
 
 /// Losses are added up in f64 if one of them is, else in f32.
 fn widest(a: &Tensor, b: &Tensor) -> DType {
-    if a.dtype() == DType::F64 || b.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+    if a.dtype() == DType::F64 || b.dtype() == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }

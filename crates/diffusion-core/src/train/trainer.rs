@@ -86,10 +86,12 @@ impl Trainer {
         }
         for (name, var) in &params {
             if !is_finite(var)? {
-                return Err(Report::new(format_args!("parameter `{name}`"), "NaN or infinity")
-                    .expected("finite numbers")
-                    .remedy("check its initialisation or the file that it came from")
-                    .numeric());
+                return Err(
+                    Report::new(format_args!("parameter `{name}`"), "NaN or infinity")
+                        .expected("finite numbers")
+                        .remedy("check its initialisation or the file that it came from")
+                        .numeric(),
+                );
             }
         }
         Ok(Self {
@@ -107,23 +109,35 @@ impl Trainer {
 
     /// Keeps checkpoints under `folder`, and resumes from there.
     pub fn run_folder(self, folder: impl Into<PathBuf>) -> Self {
-        Self { folder: Some(folder.into()), ..self }
+        Self {
+            folder: Some(folder.into()),
+            ..self
+        }
     }
 
     /// What decides the numbers beside the training configuration (model and data, as text). A
     /// checkpoint with another identity is refused.
     pub fn identity(self, identity: impl Into<String>) -> Self {
-        Self { identity: identity.into(), ..self }
+        Self {
+            identity: identity.into(),
+            ..self
+        }
     }
 
     /// Keeps the checkpoints of the next run in another storage than the disk.
     pub fn storage(self, storage: Box<dyn Storage>) -> Self {
-        Self { storage: Some(storage), ..self }
+        Self {
+            storage: Some(storage),
+            ..self
+        }
     }
 
     /// Accepts a checkpoint that another configuration wrote.
     pub fn allow_config_change(self) -> Self {
-        Self { config_change_allowed: true, ..self }
+        Self {
+            config_change_allowed: true,
+            ..self
+        }
     }
 
     /// Steps done.
@@ -169,10 +183,12 @@ impl Trainer {
     ) -> Result<Outcome> {
         let rollback = matches!(self.config.guard.policy, Policy::Rollback { .. });
         if rollback && self.folder.is_none() {
-            return Err(Report::new("train.guard.policy", "rollback without a run folder")
-                .expected("a run folder, for the checkpoint to go back to")
-                .remedy("give one, or choose another policy")
-                .config());
+            return Err(
+                Report::new("train.guard.policy", "rollback without a run folder")
+                    .expected("a run folder, for the checkpoint to go back to")
+                    .remedy("give one, or choose another policy")
+                    .config(),
+            );
         }
         if objective.phases() == 0 || objective.phases() > 256 {
             return Err(Report::new("objective: phases", objective.phases())
@@ -187,18 +203,27 @@ impl Trainer {
         )?;
         let mut lock = self.folder.as_deref().map(RunLock::open).transpose()?;
         let _guard = lock.as_mut().map(RunLock::acquire).transpose()?;
-        let mut run = Run { checkpoints: None, saved: None, observer };
+        let mut run = Run {
+            checkpoints: None,
+            saved: None,
+            observer,
+        };
         if let Some(folder) = self.folder.clone() {
             self.resume(&folder, objective, &mut run)?;
         }
-        run.observer.on(&Event::Started { resumed_from: run.saved })?;
+        run.observer.on(&Event::Started {
+            resumed_from: run.saved,
+        })?;
         if rollback && run.saved.is_none() {
             self.save(objective, &mut run)?;
         }
         let started = Instant::now();
         let mut logged = (started, self.progress.step);
         while self.progress.step < self.config.steps {
-            let late = self.config.max_minutes.is_some_and(|m| started.elapsed().as_secs_f64() / 60.0 >= m);
+            let late = self
+                .config
+                .max_minutes
+                .is_some_and(|m| started.elapsed().as_secs_f64() / 60.0 >= m);
             if late || cancel.is_set() {
                 self.save(objective, &mut run)?;
                 let step = self.progress.step;
@@ -210,7 +235,7 @@ impl Trainer {
             }
             self.advance(objective, source, &mut order, &mut run, &mut logged)?;
             let step = self.progress.step;
-            if step % self.config.checkpoint_every == 0 {
+            if step.is_multiple_of(self.config.checkpoint_every) {
                 self.progress.close_period();
                 self.save(objective, &mut run)?;
             }
@@ -241,12 +266,24 @@ impl Trainer {
             Err(failure) => return self.fail(failure, objective, run),
         };
         let spike =
-            self.progress.guard.observe(&self.config.guard.spike, made.loss, made.grad_norm);
+            self.progress
+                .guard
+                .observe(&self.config.guard.spike, made.loss, made.grad_norm);
         if let Some(why) = spike {
-            run.observer.on(&Event::Spike { step, why: why.clone() })?;
+            run.observer.on(&Event::Spike {
+                step,
+                why: why.clone(),
+            })?;
             if matches!(self.config.guard.policy, Policy::Rollback { .. }) {
                 let why = format!("step {step}: {why}");
-                return self.fail(Failure { why, weights_are_sound: false }, objective, run);
+                return self.fail(
+                    Failure {
+                        why,
+                        weights_are_sound: false,
+                    },
+                    objective,
+                    run,
+                );
             }
         }
         if let Some(ema) = &mut self.ema {
@@ -256,11 +293,17 @@ impl Trainer {
         self.progress.skipped_in_row = 0;
         self.progress.loss_sum += made.loss;
         self.progress.loss_count += 1;
-        if step % self.config.log_every == 0 || step == self.config.steps {
+        if step.is_multiple_of(self.config.log_every) || step == self.config.steps {
             let seconds = logged.0.elapsed().as_secs_f64();
             let examples = step.saturating_sub(logged.1) * order.examples_per_step();
             *logged = (Instant::now(), step);
-            let Made { epoch, loss, losses, grad_norm, lr } = made;
+            let Made {
+                epoch,
+                loss,
+                losses,
+                grad_norm,
+                lr,
+            } = made;
             let examples_per_s = examples as f64 / seconds.max(1e-9);
             run.observer.on(&Event::Step {
                 step,
@@ -285,7 +328,10 @@ impl Trainer {
     ) -> Result<()> {
         let step = self.progress.step + 1;
         match self.config.guard.policy {
-            Policy::Skip { max_in_row, max_fraction } if failure.weights_are_sound => {
+            Policy::Skip {
+                max_in_row,
+                max_fraction,
+            } if failure.weights_are_sound => {
                 let most = (max_fraction * self.config.steps as f64).ceil() as u64;
                 self.progress.skipped += 1;
                 self.progress.skipped_in_row += 1;
@@ -295,7 +341,10 @@ impl Trainer {
                     return Err(self.stopped(&why, run));
                 }
                 self.progress.step = step;
-                run.observer.on(&Event::Skipped { step, why: failure.why })
+                run.observer.on(&Event::Skipped {
+                    step,
+                    why: failure.why,
+                })
             }
             Policy::Rollback { max_in_row } => {
                 let rollbacks = self.progress.rollbacks + 1;
@@ -314,7 +363,11 @@ impl Trainer {
                 run.saved = Some(to);
                 self.progress.left_out = left_out;
                 self.progress.rollbacks = rollbacks;
-                run.observer.on(&Event::RolledBack { step, to, why: failure.why })
+                run.observer.on(&Event::RolledBack {
+                    step,
+                    to,
+                    why: failure.why,
+                })
             }
             _ => Err(self.stopped(&failure.why, run)),
         }
@@ -340,7 +393,10 @@ impl Trainer {
         objective: &mut impl Objective,
         run: &mut Run<'_>,
     ) -> Result<()> {
-        let storage = self.storage.take().unwrap_or_else(|| Box::new(DiskStorage::new()));
+        let storage = self
+            .storage
+            .take()
+            .unwrap_or_else(|| Box::new(DiskStorage::new()));
         run.checkpoints = Some(Checkpoints::open(folder, storage, self.config.keep())?);
         let (snapshot, rejected) = Self::load(run)?;
         for event in &rejected {
@@ -354,12 +410,17 @@ impl Trainer {
     }
 
     fn load(run: &mut Run<'_>) -> Result<(Option<Snapshot>, Vec<Event>)> {
-        let Some(checkpoints) = &mut run.checkpoints else { return Ok((None, Vec::new())) };
+        let Some(checkpoints) = &mut run.checkpoints else {
+            return Ok((None, Vec::new()));
+        };
         let loaded = checkpoints.load()?;
         let rejected = loaded
             .rejected
             .into_iter()
-            .map(|r| Event::Rejected { path: r.path, why: r.why })
+            .map(|r| Event::Rejected {
+                path: r.path,
+                why: r.why,
+            })
             .collect();
         Ok((loaded.snapshot, rejected))
     }
@@ -370,7 +431,9 @@ impl Trainer {
         if run.saved == Some(step) {
             return Ok(());
         }
-        let Some(checkpoints) = &mut run.checkpoints else { return Ok(()) };
+        let Some(checkpoints) = &mut run.checkpoints else {
+            return Ok(());
+        };
         run.observer.on(&Event::Saving { step })?;
         self.progress.left_out.retain(|&s| s >= step);
         match checkpoints.save(&self.snapshot(objective)?) {
@@ -383,7 +446,10 @@ impl Trainer {
                 if self.config.save_failure == SaveFailure::Continue =>
             {
                 tracing::warn!(step, %error, "a checkpoint could not be written");
-                run.observer.on(&Event::SaveFailed { step, why: error.to_string() })
+                run.observer.on(&Event::SaveFailed {
+                    step,
+                    why: error.to_string(),
+                })
             }
             Err(error) => Err(error),
         }

@@ -42,18 +42,37 @@ pub struct Options {
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    anyhow::ensure!(options.device == "cpu", "--device {}: this example runs on cpu", options.device);
+    anyhow::ensure!(
+        options.device == "cpu",
+        "--device {}: this example runs on cpu",
+        options.device
+    );
     std::fs::create_dir_all(&options.out)?;
-    let name = if options.preset == Preset::Quick { "quick" } else { "paper" };
+    let name = if options.preset == Preset::Quick {
+        "quick"
+    } else {
+        "paper"
+    };
     let mut results = Results::new("foundations", name, options.seed);
     let start = Instant::now();
     oracle::run(&options, &mut results)?;
     digits::run(&options, &mut results)?;
     results.write(&options.out)?;
     for row in &results.rows {
-        let baseline = row.baseline.as_ref().map_or(String::new(), |b| format!("  ({}: {:.4})", b.name, b.value));
-        println!("{:44} {:38} {:10.4}{baseline}", row.system, row.metric, row.value);
+        let baseline = row
+            .baseline
+            .as_ref()
+            .map_or(String::new(), |b| format!("  ({}: {:.4})", b.name, b.value));
+        println!(
+            "{:44} {:38} {:10.4}{baseline}",
+            row.system, row.metric, row.value
+        );
     }
-    println!("{} rows in {:.0} s: {}", results.rows.len(), start.elapsed().as_secs_f64(), options.out.display());
+    println!(
+        "{} rows in {:.0} s: {}",
+        results.rows.len(),
+        start.elapsed().as_secs_f64(),
+        options.out.display()
+    );
     Ok(())
 }

@@ -65,20 +65,22 @@ pub fn table(config: &Config, at: &str) -> Result<Table> {
     })
 }
 
-/// Evenly spaced f32 values, counted from the nearer end.
+/// Evenly spaced f32 values, counted from the nearer end with an f32 step, each rounded once (the
+/// library's kernels fuse the product and the sum).
 fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     if n == 1 {
         return vec![start];
     }
-    let step = (end - start) / (n - 1) as f32;
+    let step = f64::from((end - start) / (n - 1) as f32);
     (0..n)
         .map(|i| {
-            if i < n / 2 {
-                start + step * i as f32
+            let value = if i < n / 2 {
+                f64::from(start) + step * i as f64
             } else {
-                end - step * (n - 1 - i) as f32
-            }
+                f64::from(end) - step * (n - 1 - i) as f64
+            };
+            value as f32
         })
         .collect()
 }

@@ -1,0 +1,310 @@
+//! The command as a user meets it: a whole run, and every refusal in one clear line.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn diffusion(args: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_diffusion"))
+        .args(args)
+        .current_dir(folder)
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn succeeds(args: &[&str], folder: &Path) -> String {
+    let output = diffusion(args, folder);
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Runs a command that must be refused with this code and these words, without a panic.
+fn refuses(args: &[&str], folder: &Path, code: i32, words: &[&str]) {
+    let output = diffusion(args, folder);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
+    assert!(!message.contains("panicked"), "{message}");
+    for word in words {
+        assert!(
+            message.contains(word),
+            "{args:?}: no `{word}` in: {message}"
+        );
+    }
+}
+
+const TINY: [&str; 8] = [
+    "images", "train", "--preset", "tiny", "--steps", "6", "-q", "--out",
+];
+
+#[test]
+fn train_resume_sample_inspect() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let train = |out: &str, more: &[&str]| {
+        let args: Vec<&str> = TINY
+            .iter()
+            .copied()
+            .chain([out])
+            .chain(more.iter().copied())
+            .collect();
+        succeeds(&args, at)
+    };
+    train("a", &["--seed", "3"]);
+    train("b", &["--seed", "3", "--threads", "1"]);
+    train("c", &["--seed", "4"]);
+    let weights = |model: &str| {
+        std::fs::read(
+            at.join(model)
+                .join("unet/diffusion_pytorch_model.safetensors"),
+        )
+        .unwrap()
+    };
+    assert_eq!(
+        weights("a"),
+        weights("b"),
+        "the same seed on another number of threads"
+    );
+    assert_ne!(weights("a"), weights("c"), "another seed");
+
+    let sample = |out: &str, more: &[&str]| {
+        let base = [
+            "images", "sample", "--model", "a", "-n", "5", "--steps", "3", "-q", "--out", out,
+        ];
+        let args: Vec<&str> = base.iter().copied().chain(more.iter().copied()).collect();
+        succeeds(&args, at);
+        std::fs::read(at.join(out)).unwrap()
+    };
+    let first = sample("1.png", &[]);
+    assert_eq!(
+        first,
+        sample("2.png", &["--batch", "2", "--threads", "1"]),
+        "batch and threads"
+    );
+    assert_ne!(first, sample("3.png", &["--seed", "9"]));
+    assert_ne!(first, sample("4.png", &["--class", "7", "--guidance", "2"]));
+    for sampler in [
+        "ddpm",
+        "ddpm-large",
+        "ddim",
+        "ddim-eta1",
+        "euler",
+        "heun",
+        "edm",
+        "dpmpp-1",
+    ] {
+        sample("s.png", &["--sampler", sampler]);
+    }
+    let texts = diffusion_images::picture::read_texts(&at.join("4.png")).unwrap();
+    for (key, value) in [
+        ("class", "7"),
+        ("guidance", "2"),
+        ("sampler", "dpmpp-2m"),
+        ("steps", "3"),
+        ("seed", "0"),
+    ] {
+        assert!(
+            texts.iter().any(|(k, v)| k == key && v == value),
+            "{key} in {texts:?}"
+        );
+    }
+    let said: serde_json::Value =
+        serde_json::from_str(&succeeds(&["inspect", "a", "--json"], at)).unwrap();
+    assert_eq!(said["image_shape"], serde_json::json!([1, 8, 8]));
+    assert_eq!(said["classes"].as_array().unwrap().len(), 10);
+    assert!(succeeds(&["inspect", "a"], at).contains("1000 steps"));
+
+    // A run is not overwritten by accident, and a finished one resumes to what it was.
+    let before = weights("a");
+    let again: Vec<&str> = TINY.iter().copied().chain(["a"]).collect();
+    refuses(
+        &again,
+        at,
+        1,
+        &["a training run is here already", "--resume"],
+    );
+    succeeds(&["images", "train", "--resume", "-q", "--out", "a"], at);
+    assert_eq!(before, weights("a"));
+}
+
+#[test]
+fn an_interrupted_run_saves_and_goes_on_bit_for_bit() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let start = |out: &str| {
+        Command::new(env!("CARGO_BIN_EXE_diffusion"))
+            .args([
+                "images", "train", "--preset", "tiny", "--steps", "60", "-q", "--out", out,
+            ])
+            .current_dir(at)
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = start("stopped");
+    // Wait until training has begun to report, then ask it to stop.
+    let metrics = at.join("stopped/run/metrics.jsonl");
+    let began = std::time::Instant::now();
+    while !std::fs::metadata(&metrics).is_ok_and(|m| m.len() > 0) {
+        assert!(began.elapsed().as_secs() < 60, "training never reported");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.signal(), None);
+    let stopped_early = status.code() == Some(130);
+    assert!(stopped_early || status.success(), "{status}");
+    succeeds(
+        &["images", "train", "--resume", "-q", "--out", "stopped"],
+        at,
+    );
+    assert!(start("whole").wait().unwrap().success());
+    for file in [
+        "unet/diffusion_pytorch_model.safetensors",
+        "run/metrics.jsonl",
+    ] {
+        let read = |model: &str| std::fs::read(at.join(model).join(file)).unwrap();
+        assert_eq!(read("stopped"), read("whole"), "{file}");
+    }
+}
+
+#[test]
+fn refusals_name_the_value_and_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let out = ["--out", "x"];
+    let train = |args: &[&str], code, words: &[&str]| {
+        let all: Vec<&str> = ["images", "train", "-q"]
+            .iter()
+            .copied()
+            .chain(args.iter().copied())
+            .chain(out)
+            .collect();
+        refuses(&all, at, code, words);
+        assert!(
+            !at.join("x/model_index.json").exists(),
+            "{args:?} left a model"
+        );
+    };
+    train(&["--data", "nowhere"], 1, &["nowhere", "no such file"]);
+    train(&["--preset", "huge"], 2, &["huge", "tiny"]);
+    train(&["--device", "tpu"], 2, &["tpu", "cuda:N"]);
+    train(&["--steps", "0"], 2, &["steps", "at least 1"]);
+    train(&["--resume"], 1, &["config.toml", "run to resume"]);
+    train(
+        &["--resume", "--preset", "tiny"],
+        2,
+        &["cannot be used with"],
+    );
+    train(&["--size", "32"], 2, &["digits"]);
+    std::fs::write(at.join("bad.toml"), "[train]\nlearning_rate = 1").unwrap();
+    train(&["--config", "bad.toml"], 2, &["bad.toml", "learning_rate"]);
+    std::fs::write(at.join("nan.toml"), "[train]\nlr = nan").unwrap();
+    train(&["--config", "nan.toml"], 2, &["lr"]);
+    train(&["--config", "absent.toml"], 1, &["absent.toml"]);
+    std::fs::write(at.join("data.idx"), [0u8, 0, 8, 3, 255, 255, 255, 255]).unwrap();
+    train(&["--data", "data.idx"], 1, &["data.idx"]);
+
+    refuses(
+        &["inspect", "nowhere"],
+        at,
+        1,
+        &["nowhere", "model_index.json"],
+    );
+    refuses(
+        &["images", "sample", "--model", "nowhere", "--out", "a.png"],
+        at,
+        1,
+        &["nowhere"],
+    );
+    refuses(
+        &[
+            "images",
+            "sample",
+            "--model",
+            ".",
+            "--out",
+            "a.png",
+            "--sampler",
+            "dimm",
+        ],
+        at,
+        2,
+        &["dimm", "ddim"],
+    );
+    refuses(&["images"], at, 2, &["Usage"]);
+}
+
+#[test]
+fn a_damaged_model_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let args: Vec<&str> = TINY
+        .iter()
+        .copied()
+        .chain(["m", "--unconditional"])
+        .collect();
+    succeeds(&args, at);
+    let sample = |more: &[&str], code, words: &[&str]| {
+        let base = [
+            "images", "sample", "--model", "m", "-n", "2", "--steps", "2", "-q", "--out", "a.png",
+        ];
+        let all: Vec<&str> = base.iter().copied().chain(more.iter().copied()).collect();
+        refuses(&all, at, code, words);
+        assert!(!at.join("a.png").exists(), "a picture in spite of an error");
+    };
+    sample(&["--class", "3"], 2, &["unconditional"]);
+    sample(&["--guidance", "3"], 2, &["guidance"]);
+    refuses(&["images", "sample", "--model", "m", "-n", "0", "--out", "a.png"], at, 2, &["at least 1"]);
+    sample(&["--steps", "2000"], 2, &["1 to 1000"]);
+    sample(&["--grid", "zigzag"], 2, &["zigzag", "karras"]);
+    let weights = at.join("m/unet/diffusion_pytorch_model.safetensors");
+    let sound = std::fs::read(&weights).unwrap();
+    // A NaN in a weight.
+    let mut bad = sound.clone();
+    let end = bad.len();
+    bad[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&weights, &bad).unwrap();
+    sample(&[], 1, &["finite"]);
+    // Cut off.
+    std::fs::write(&weights, &sound[..end - 100]).unwrap();
+    sample(&[], 1, &["diffusion_pytorch_model.safetensors"]);
+    std::fs::write(&weights, b"").unwrap();
+    sample(&[], 1, &["diffusion_pytorch_model.safetensors"]);
+    std::fs::write(&weights, &sound).unwrap();
+    // Another network than the configuration says.
+    let config = at.join("m/unet/config.json");
+    let said = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(
+        &config,
+        said.replace("\"layers_per_block\": 1", "\"layers_per_block\": 2"),
+    )
+    .unwrap();
+    sample(&[], 1, &["missing"]);
+    std::fs::write(
+        &config,
+        said.replace("\"layers_per_block\"", "\"layers_per_brick\""),
+    )
+    .unwrap();
+    sample(&[], 1, &["layers_per_brick"]);
+    std::fs::write(&config, "{").unwrap();
+    sample(&[], 1, &["config.json"]);
+    std::fs::write(&config, &said).unwrap();
+    std::fs::write(
+        at.join("m/scheduler/scheduler_config.json"),
+        r#"{"_class_name": "Mystery"}"#,
+    )
+    .unwrap();
+    sample(&[], 1, &["Mystery"]);
+}

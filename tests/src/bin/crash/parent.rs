@@ -1,0 +1,330 @@
+//! The parent: kills, resumes, compares.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use diffusion_ops::rng::{Key, stream};
+
+use crate::running::Running;
+use crate::{Args, Model};
+
+/// Every file of a run but the lock, by relative path.
+fn contents(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut out = BTreeMap::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        if path.is_dir() {
+            out.extend(
+                contents(&path)?
+                    .into_iter()
+                    .map(|(n, b)| (format!("{name}/{n}"), b)),
+            );
+        } else if name != "lock" {
+            out.insert(name, fs::read(path)?);
+        }
+    }
+    Ok(out)
+}
+
+/// Names in the folder of checkpoints; none before it exists.
+fn checkpoints(run: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+fn newest(run: &Path) -> u64 {
+    let steps = checkpoints(run);
+    steps
+        .iter()
+        .filter_map(|n| n.strip_prefix("step-")?.parse().ok())
+        .max()
+        .unwrap_or(0)
+}
+
+fn same(expected: &BTreeMap<String, Vec<u8>>, run: &Path) -> Result<()> {
+    let found = contents(run)?;
+    for name in expected.keys().chain(found.keys()) {
+        match (expected.get(name), found.get(name)) {
+            (Some(a), Some(b)) if a == b => {}
+            (Some(_), Some(_)) => bail!("{name}: other bytes than those of the reference run"),
+            (Some(_), None) => bail!("{name}: missing"),
+            _ => bail!("{name}: left behind"),
+        }
+    }
+    Ok(())
+}
+
+/// Microseconds that each operation takes longer, so that a kill lands where it is meant to.
+const SLOW: u64 = 2000;
+/// Threads of the children, but for the one that shows that they don't matter.
+const THREADS: usize = 2;
+/// Kills before a run is let to its end.
+const KILLS_PER_RUN: u64 = 5;
+
+struct Tally {
+    kills: u64,
+    exact: u64,
+    inside: u64,
+}
+
+fn reference(model: Model, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let run = scratch.join(format!("{}-whole", model.name()));
+    let mut running = Running::start(model, &run, 0, THREADS)?;
+    ensure!(
+        running.wait_for("finished "),
+        "the run without kills did not finish"
+    );
+    running.drain();
+    contents(&run)
+}
+
+/// Checks what a start found: the newest checkpoint, and at most one interval lost.
+fn check_start(running: &Running, expected: u64, before: u64, every: u64) -> Result<u64> {
+    let from = running.from.context("the child ended before it started")?;
+    ensure!(
+        running.rejected.is_empty(),
+        "{}",
+        running.rejected.join("; ")
+    );
+    ensure!(
+        from == expected,
+        "resumed from step {from}, the newest checkpoint is {expected}"
+    );
+    let lost = before.saturating_sub(from);
+    ensure!(lost <= every, "lost {lost} steps, an interval has {every}");
+    Ok(lost)
+}
+
+fn one_run(
+    model: Model,
+    run: &Path,
+    plan: Key,
+    kills: u64,
+    expected: &BTreeMap<String, Vec<u8>>,
+    tally: &mut Tally,
+) -> Result<()> {
+    let every = model.config().checkpoint_every;
+    let (mut before, mut done) = (0, 0);
+    let mut attempt = 0;
+    while done < kills {
+        let here = attempt * 8;
+        let draw = |n: u64, bound| plan.step(here + n).below(bound);
+        attempt += 1;
+        let wanted = newest(run);
+        let aim_inside = draw(0, 2) == 0;
+        let mut running = Running::start(model, run, SLOW, THREADS)?;
+        let alive = if aim_inside {
+            let mut alive = true;
+            for _ in 0..=draw(1, 2) {
+                alive = alive && running.wait_for("saving ");
+            }
+            for _ in 0..=draw(2, 16) {
+                alive = alive && running.wait_for("op ");
+            }
+            alive
+        } else {
+            std::thread::sleep(Duration::from_millis(draw(3, 400)));
+            running.process.try_wait()?.is_none()
+        };
+        running.kill()?;
+        if !alive {
+            // It finished before the kill: that is no kill, and the run has nothing left to lose.
+            break;
+        }
+        let inside = checkpoints(run).iter().any(|n| n.starts_with(".tmp-"));
+        let lost = match running.from {
+            Some(_) => check_start(&running, wanted, before, every)?,
+            None => 0,
+        };
+        before = before.max(running.step).max(wanted);
+        done += 1;
+        tally.kills += 1;
+        tally.inside += u64::from(inside);
+        println!(
+            "kill {:>3}: {} at step {:>3}, {}, had resumed from {} and lost {lost} steps",
+            tally.kills,
+            model.name(),
+            running.step.max(wanted),
+            if inside {
+                "inside a checkpoint write"
+            } else {
+                "between writes"
+            },
+            running
+                .from
+                .map_or("nothing yet".to_string(), |s| format!("step {s}")),
+        );
+    }
+    let wanted = newest(run);
+    let mut running = Running::start(model, run, 0, THREADS)?;
+    let finished = running.wait_for("finished ");
+    running.drain();
+    ensure!(finished, "the run did not finish after {done} kills");
+    check_start(&running, wanted, before, every)?;
+    same(expected, run)?;
+    tally.exact += done;
+    Ok(())
+}
+
+fn signals(model: Model, scratch: &Path, expected: &BTreeMap<String, Vec<u8>>) -> Result<()> {
+    for (name, code) in [("TERM", 143), ("INT", 130)] {
+        let run = scratch.join(format!("{}-{name}", model.name()));
+        let mut running = Running::start(model, &run, SLOW, THREADS)?;
+        ensure!(
+            running.wait_for("step 13"),
+            "the child did not reach step 13"
+        );
+        let at = Instant::now();
+        running.signal(name)?;
+        let status = running.process.wait()?;
+        let took = at.elapsed();
+        running.drain();
+        ensure!(
+            status.code() == Some(code),
+            "SIG{name}: {status}; expected exit code {code}"
+        );
+        ensure!(took < Duration::from_secs(2), "SIG{name}: took {took:?}");
+        ensure!(
+            newest(&run) == running.step,
+            "SIG{name}: stopped after step {} and saved step {}",
+            running.step,
+            newest(&run)
+        );
+        let stopped = running.step;
+        let mut resumed = Running::start(model, &run, 0, THREADS)?;
+        ensure!(
+            resumed.wait_for("finished "),
+            "the run did not finish after SIG{name}"
+        );
+        resumed.drain();
+        check_start(&resumed, stopped, stopped, 0)?;
+        same(expected, &run)?;
+        let ms = took.as_millis();
+        println!("SIG{name}: saved step {stopped} and ended with {code} in {ms} ms, bit-exact");
+    }
+    Ok(())
+}
+
+fn second_writer(model: Model, scratch: &Path) -> Result<()> {
+    let run = scratch.join("two-writers");
+    let mut first = Running::start(model, &run, SLOW, THREADS)?;
+    ensure!(first.wait_for("step "), "the first writer did not start");
+    let mut second = Running::start(model, &run, 0, THREADS)?;
+    let line = second
+        .line(Duration::from_secs(10))
+        .context("the second writer said nothing")?;
+    let owner = format!("in use by process {}", first.process.id());
+    ensure!(
+        line.starts_with("refused after ") && line.contains(&owner),
+        "second writer: {line}"
+    );
+    let ms: u64 = line
+        .split(' ')
+        .nth(2)
+        .and_then(|n| n.parse().ok())
+        .context("no time")?;
+    ensure!(ms < 100, "the second writer was refused only after {ms} ms");
+    ensure!(
+        second.process.wait()?.code() == Some(1),
+        "the second writer did not fail"
+    );
+    ensure!(
+        first.process.try_wait()?.is_none(),
+        "the first writer ended"
+    );
+    println!(
+        "second writer: refused after {ms} ms, naming process {}",
+        first.process.id()
+    );
+    Ok(())
+}
+
+/// A folder that goes when the program ends.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("diffusion-crash-{}", std::process::id()));
+        fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left lies in the system's folder for temporary files.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The whole examination.
+pub fn kill_and_compare(args: &Args) -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mut tally = Tally {
+        kills: 0,
+        exact: 0,
+        inside: 0,
+    };
+    let models = [Model::Mlp, Model::Unet];
+    let expected = [
+        reference(models[0], &scratch.0)?,
+        reference(models[1], &scratch.0)?,
+    ];
+    let mut round = 0;
+    while tally.kills < args.kills {
+        let which = round as usize % 2;
+        let run = scratch.0.join(format!("run-{round}"));
+        let plan = Key::new(args.seed, stream::TEST).item(round);
+        let kills = KILLS_PER_RUN.min(args.kills - tally.kills);
+        let before = (tally.kills, tally.inside);
+        one_run(
+            models[which],
+            &run,
+            plan,
+            kills,
+            &expected[which],
+            &mut tally,
+        )
+        .with_context(|| {
+            format!(
+                "run {round} ({}), after kill {}",
+                models[which].name(),
+                tally_text(before)
+            )
+        })?;
+        fs::remove_dir_all(&run)?;
+        round += 1;
+        ensure!(
+            round < 10 * args.kills + 10,
+            "the children end before they can be killed"
+        );
+    }
+    signals(Model::Mlp, &scratch.0, &expected[0])?;
+    second_writer(Model::Mlp, &scratch.0)?;
+    println!(
+        "crash: {} kills, {} bit-exact, {} inside a write",
+        tally.kills, tally.exact, tally.inside
+    );
+    ensure!(tally.exact == tally.kills, "not all runs were bit-exact");
+    ensure!(
+        tally.inside * 3 >= tally.kills,
+        "fewer than a third of the kills were inside a write"
+    );
+    Ok(())
+}
+
+fn tally_text((kills, inside): (u64, u64)) -> String {
+    format!("{kills} ({inside} inside a write)")
+}
