@@ -1,5 +1,7 @@
 //! The command as a user meets it: a whole run, and every refusal in one clear line.
 
+#![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
+
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -266,7 +268,14 @@ fn a_damaged_model_is_refused_by_name() {
     };
     sample(&["--class", "3"], 2, &["unconditional"]);
     sample(&["--guidance", "3"], 2, &["guidance"]);
-    refuses(&["images", "sample", "--model", "m", "-n", "0", "--out", "a.png"], at, 2, &["at least 1"]);
+    refuses(
+        &[
+            "images", "sample", "--model", "m", "-n", "0", "--out", "a.png",
+        ],
+        at,
+        2,
+        &["at least 1"],
+    );
     sample(&["--steps", "2000"], 2, &["1 to 1000"]);
     sample(&["--grid", "zigzag"], 2, &["zigzag", "karras"]);
     let weights = at.join("m/unet/diffusion_pytorch_model.safetensors");

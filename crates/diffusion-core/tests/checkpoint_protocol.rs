@@ -1,6 +1,8 @@
 //! What the checkpoint protocol survives: a failure of any operation, a power cut before any
 //! operation, any changed byte, any truncation, and a second writer.
 
+#![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,8 @@
 //! Hostile and damaged tensor files are refused with a message that helps; sound ones come back as
 //! they were written.
 
+#![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

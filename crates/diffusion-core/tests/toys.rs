@@ -1,6 +1,8 @@
 //! Small systems that keep the abstraction honest: if one of these stops compiling or being right,
 //! the four nouns have become too narrow for a method of the survey.
 
+#![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
+
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::Result;
 use diffusion_core::denoiser::{Denoiser, from_fn};

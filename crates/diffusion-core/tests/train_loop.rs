@@ -1,6 +1,8 @@
 //! The trainer's promises: the same bytes after any interruption, nothing updated with numbers that
 //! are not finite, phases and accumulation that add up.
 
+#![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -773,10 +775,10 @@ fn memory_does_not_grow() {
     };
     let mut samples = Vec::new();
     let mut watch = |event: &Event| {
-        if let (Event::Step { step, .. }, Some(mib)) = (event, resident()) {
-            if *step > 1000 {
-                samples.push((*step as f64, mib));
-            }
+        if let (Event::Step { step, .. }, Some(mib)) = (event, resident())
+            && *step > 1000
+        {
+            samples.push((*step as f64, mib));
         }
     };
     trainer(&net, config)

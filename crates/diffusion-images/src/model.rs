@@ -280,14 +280,13 @@ impl ImageModel {
     /// # Errors
     /// `Config` when there are labels for an unconditional model or beyond the last class.
     pub fn denoiser(&self, labels: Option<&[u32]>) -> Result<impl Denoiser + '_> {
-        if let Some(labels) = labels {
-            if let Some(bad) = labels.iter().find(|l| **l as usize >= self.classes.len()) {
-                let expected = match self.classes.len() {
-                    0 => "no class: this model is unconditional".to_string(),
-                    n => format!("0 to {}", n - 1),
-                };
-                return Err(Report::new("class", bad).expected(expected).config());
-            }
+        let mut given = labels.unwrap_or_default().iter();
+        if let Some(bad) = given.find(|l| **l as usize >= self.classes.len()) {
+            let expected = match self.classes.len() {
+                0 => "no class: this model is unconditional".to_string(),
+                n => format!("0 to {}", n - 1),
+            };
+            return Err(Report::new("class", bad).expected(expected).config());
         }
         let null = self.classes.len() as u32;
         let labels = labels.map(<[u32]>::to_vec);

@@ -63,7 +63,6 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
         } else {
             Options::default().color
         },
-        ..Options::default()
     };
     let splits = data::splits(&args.data, &options)?;
     let mut config = match (&args.out, args.resume) {

@@ -7,6 +7,7 @@
 
 mod config;
 mod grids;
+mod sigmas;
 pub mod tables;
 
 pub use config::Config;
@@ -139,12 +140,12 @@ impl Scheduler {
         match (self.config.class.as_str(), &self.table) {
             ("DDPMScheduler", Some(table)) => grids::ddpm(&self.config, table, request),
             ("DDIMScheduler", Some(table)) => grids::ddim(&self.config, table, request),
-            ("EulerDiscreteScheduler", Some(table)) => grids::euler(&self.config, table, request),
-            ("HeunDiscreteScheduler", Some(table)) => grids::heun(&self.config, table, request),
+            ("EulerDiscreteScheduler", Some(table)) => sigmas::euler(&self.config, table, request),
+            ("HeunDiscreteScheduler", Some(table)) => sigmas::heun(&self.config, table, request),
             ("DPMSolverMultistepScheduler", Some(table)) => {
-                grids::dpm_solver(&self.config, table, request)
+                sigmas::dpm_solver(&self.config, table, request)
             }
-            ("EDMEulerScheduler", _) => grids::edm_euler(&self.config, request),
+            ("EDMEulerScheduler", _) => sigmas::edm_euler(&self.config, request),
             (other, _) => Err(Report::new("scheduler", other)
                 .expected(format!("one of {}", config::CLASSES.join(", ")))
                 .unsupported()),
