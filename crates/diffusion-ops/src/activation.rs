@@ -1,6 +1,6 @@
 //! Pointwise nonlinearities.
 
-use crate::cpu::{CHUNK, Real, by_float, filled, native, slice};
+use crate::cpu::{CHUNK, Real, by_float, filled, native, slice, worth};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -178,6 +178,7 @@ impl CustomOp2 for Backward {
 fn map<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> CpuStorage {
     filled(x.len(), |out: &mut [T]| {
         out.par_chunks_mut(CHUNK)
+            .with_min_len(worth(CHUNK))
             .zip(x.par_chunks(CHUNK))
             .for_each(|(o, x)| o.iter_mut().zip(x).for_each(|(o, x)| *o = f(*x)));
     })
@@ -186,6 +187,7 @@ fn map<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> CpuStorage {
 fn map2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T + Sync) -> CpuStorage {
     filled(x.len(), |out: &mut [T]| {
         out.par_chunks_mut(CHUNK)
+            .with_min_len(worth(CHUNK))
             .zip(x.par_chunks(CHUNK).zip(y.par_chunks(CHUNK)))
             .for_each(|(o, (x, y))| {
                 o.iter_mut()

@@ -1,6 +1,6 @@
 //! Adding one number per channel.
 
-use crate::cpu::{by_float, filled, native, slice, sum1};
+use crate::cpu::{by_float, filled, native, slice, sum1, worth};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -60,7 +60,7 @@ impl CustomOp2 for AddBias {
             let bias = slice::<T>(s2, l2, "add_bias")?;
             filled::<T>(x.len(), |out| {
                 let item = (channels * inner).max(1);
-                out.par_chunks_mut(item).zip(x.par_chunks(item)).for_each(|(out, x)| {
+                out.par_chunks_mut(item).with_min_len(worth(item)).zip(x.par_chunks(item)).for_each(|(out, x)| {
                     if inner == 1 {
                         for ((o, v), b) in out.iter_mut().zip(x).zip(bias) {
                             *o = *v + *b;

@@ -4,7 +4,7 @@
 //! a single product for the whole batch. The columns are dropped after the forward pass and made
 //! anew in the backward: they are as many times larger than the map as the kernel has taps.
 
-use crate::cpu::{by_float, filled, half_on_cpu, native, slice, sum1};
+use crate::cpu::{by_float, filled, half_on_cpu, native, slice, sum1, worth};
 use crate::im2col::{Col2Im, Geometry, Im2Col};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
@@ -222,7 +222,7 @@ impl Conv {
             let bias = bias.map(|(s, l)| slice::<T>(s, l, "conv2d")).transpose()?;
             filled::<T>(shape.elem_count(), |out| {
                 if plane > 0 {
-                    out.par_chunks_mut(plane).enumerate().for_each(|(k, out)| {
+                    out.par_chunks_mut(plane).with_min_len(worth(plane)).enumerate().for_each(|(k, out)| {
                         let (b, c) = (k / channels, k % channels);
                         let row = &product[(c * batch + b) * plane..][..plane];
                         let shift = bias.map_or(0.0, |bias| bias[c]);
@@ -337,6 +337,7 @@ impl CustomOp1 for RowSums {
             let x = slice::<T>(s, l, self.name())?;
             filled::<T>(rows, |out| {
                 out.par_iter_mut()
+                    .with_min_len(worth(n))
                     .enumerate()
                     .for_each(|(r, o)| *o = sum1(&x[r * n..][..n], |v| v));
             })

@@ -87,6 +87,12 @@ pub(crate) fn filled<T: WithDType>(n: usize, fill: impl FnOnce(&mut [T])) -> Cpu
     T::to_cpu_storage_owned(out)
 }
 
+/// How many tasks of `size` elements each are at least worth handing to another thread: waking one
+/// costs as much as some ten thousand additions.
+pub(crate) fn worth(size: usize) -> usize {
+    (32_768 / size.max(1)).max(1)
+}
+
 /// How many elements one task of an elementwise loop handles.
 pub(crate) const CHUNK: usize = 8192;
 

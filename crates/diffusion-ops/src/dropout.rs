@@ -1,5 +1,6 @@
 //! Dropout with a reproducible mask.
 
+use crate::cpu::worth;
 use crate::rng::Key;
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -29,12 +30,15 @@ pub fn dropout(x: &Tensor, p: f64, key: Key) -> Result<Tensor> {
     let item = x.elem_count() / batch;
     let keep = 1.0 / (1.0 - p);
     let mut mask = vec![0f32; x.elem_count()];
-    mask.par_chunks_mut(item).enumerate().for_each(|(i, mask)| {
-        let draws = key.item(key.item.wrapping_add(i as u64)).uniform(item);
-        for (m, u) in mask.iter_mut().zip(draws) {
-            *m = if u < p { 0.0 } else { 1.0 };
-        }
-    });
+    mask.par_chunks_mut(item)
+        .with_min_len(worth(item))
+        .enumerate()
+        .for_each(|(i, mask)| {
+            let draws = key.item(key.item.wrapping_add(i as u64)).uniform(item);
+            for (m, u) in mask.iter_mut().zip(draws) {
+                *m = if u < p { 0.0 } else { 1.0 };
+            }
+        });
     let mask = Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
     x * (mask.to_device(x.device())? * keep)?
 }

@@ -1,6 +1,6 @@
 //! Normalisation over groups of channels.
 
-use crate::cpu::{Real, by_float, filled, half_on_cpu, native, slice, sum1, sum2};
+use crate::cpu::{Real, by_float, filled, half_on_cpu, native, slice, sum1, sum2, worth};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -152,6 +152,7 @@ impl CustomOp3 for Norm {
 fn forward<T: Real>(norm: &Norm, x: &[T], gamma: &[T], beta: &[T], out: &mut [T]) {
     let (group, inner) = (norm.group().max(1), norm.inner.max(1));
     out.par_chunks_mut(group)
+        .with_min_len(worth(group))
         .zip(x.par_chunks(group))
         .enumerate()
         .for_each(|(k, (out, x))| {
@@ -204,6 +205,7 @@ fn input_gradient<T: Real>(norm: &Norm, x: &[T], gamma: &[T], grad: &[T], out: &
     let (group, inner) = (norm.group().max(1), norm.inner.max(1));
     let inputs = x.par_chunks(group).zip(grad.par_chunks(group));
     out.par_chunks_mut(group)
+        .with_min_len(worth(group))
         .zip(inputs)
         .enumerate()
         .for_each(|(k, (out, (x, grad)))| {
@@ -258,6 +260,7 @@ fn parameter_gradient<T: Real>(norm: &Norm, x: &[T], grad: &[T], out: &mut [T]) 
     let (gammas, betas) = out.split_at_mut(norm.channels);
     let outs = gammas
         .par_chunks_mut(width)
+        .with_min_len(worth(group * norm.batch))
         .zip(betas.par_chunks_mut(width));
     // One task a group: each sum runs over the batch in order, whatever the number of threads.
     outs.enumerate().for_each(|(k, (gammas, betas))| {

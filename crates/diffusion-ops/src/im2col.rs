@@ -4,7 +4,7 @@
 //! cols[(c, i, j), (b, o, p)] = x[b, c, o·s + i·d − top, p·s + j·d − left]   (0 outside the map)
 //! ```
 
-use crate::cpu::{by_float, filled, slice};
+use crate::cpu::{by_float, filled, slice, worth};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, WithDType};
 use rayon::prelude::*;
 
@@ -106,6 +106,7 @@ fn im2col<T: WithDType>(g: &Geometry, x: &[T], out: &mut [T]) {
         return;
     }
     out.par_chunks_mut(g.columns())
+        .with_min_len(worth(g.columns()))
         .enumerate()
         .for_each(|(row, out)| {
             let (c, tap) = (
@@ -162,29 +163,32 @@ fn col2im<T: WithDType>(g: &Geometry, cols: &[T], out: &mut [T]) {
     if plane == 0 {
         return;
     }
-    out.par_chunks_mut(plane).enumerate().for_each(|(k, map)| {
-        let (b, c) = (k / g.channels, k % g.channels);
-        for tap in 0..g.kernel_h * g.kernel_w {
-            let (y_lo, y_hi, y0) = g.valid(tap / g.kernel_w, g.top, g.height, g.out_h);
-            let (x_lo, x_hi, x0) = g.valid(tap % g.kernel_w, g.left, g.width, g.out_w);
-            if x_lo == x_hi {
-                continue;
-            }
-            let row = c * g.kernel_h * g.kernel_w + tap;
-            let cols = &cols[row * g.columns() + b * out_plane..][..out_plane];
-            for o in y_lo..y_hi {
-                let line = &mut map[(y0 + (o - y_lo) * g.stride) * g.width..][..g.width];
-                let cols = &cols[o * g.out_w..][x_lo..x_hi];
-                if g.stride == 1 {
-                    for (v, w) in line[x0..x0 + cols.len()].iter_mut().zip(cols) {
-                        *v += *w;
-                    }
-                } else {
-                    for (k, w) in cols.iter().enumerate() {
-                        line[x0 + k * g.stride] += *w;
+    out.par_chunks_mut(plane)
+        .with_min_len(worth(plane))
+        .enumerate()
+        .for_each(|(k, map)| {
+            let (b, c) = (k / g.channels, k % g.channels);
+            for tap in 0..g.kernel_h * g.kernel_w {
+                let (y_lo, y_hi, y0) = g.valid(tap / g.kernel_w, g.top, g.height, g.out_h);
+                let (x_lo, x_hi, x0) = g.valid(tap % g.kernel_w, g.left, g.width, g.out_w);
+                if x_lo == x_hi {
+                    continue;
+                }
+                let row = c * g.kernel_h * g.kernel_w + tap;
+                let cols = &cols[row * g.columns() + b * out_plane..][..out_plane];
+                for o in y_lo..y_hi {
+                    let line = &mut map[(y0 + (o - y_lo) * g.stride) * g.width..][..g.width];
+                    let cols = &cols[o * g.out_w..][x_lo..x_hi];
+                    if g.stride == 1 {
+                        for (v, w) in line[x0..x0 + cols.len()].iter_mut().zip(cols) {
+                            *v += *w;
+                        }
+                    } else {
+                        for (k, w) in cols.iter().enumerate() {
+                            line[x0 + k * g.stride] += *w;
+                        }
                     }
                 }
             }
-        }
-    });
+        });
 }

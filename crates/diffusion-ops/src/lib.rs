@@ -29,6 +29,9 @@ pub mod gradcheck;
 pub mod init;
 pub mod rng;
 
+// Matrix products come from here by way of candle; naming the crate turns its AVX-512 kernels on.
+use gemm as _;
+
 pub use activation::{gelu, mish, relu, silu};
 pub use attention::attention;
 pub use bias::add_bias;

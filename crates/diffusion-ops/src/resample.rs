@@ -3,7 +3,7 @@
 //! All three are a sparse linear map along each axis, applied one axis after the other; the
 //! backward is the transposed map.
 
-use crate::cpu::{by_float, filled, half_on_cpu, native, slice};
+use crate::cpu::{by_float, filled, half_on_cpu, native, slice, worth};
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
 };
@@ -213,6 +213,7 @@ impl Separable {
         }
         let planes = out
             .par_chunks_mut(rows.len() * out_w)
+            .with_min_len(worth(rows.len() * out_w))
             .zip(x.par_chunks(h * w));
         planes.for_each(|(out, x)| {
             let mut wide = vec![T::zero(); h * out_w];

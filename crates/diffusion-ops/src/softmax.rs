@@ -1,6 +1,6 @@
 //! The softmax over one axis.
 
-use crate::cpu::{Real, by_float, filled, half_on_cpu, native, slice, sum1, sum2};
+use crate::cpu::{Real, by_float, filled, half_on_cpu, native, slice, sum1, sum2, worth};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -53,7 +53,7 @@ impl CustomOp1 for Softmax {
         let out = by_float!(s, self.name(), T => {
             let x = slice::<T>(s, l, self.name())?;
             filled::<T>(x.len(), |out| {
-                out.par_chunks_mut(n).zip(x.par_chunks(n)).for_each(|(o, x)| row(o, x));
+                out.par_chunks_mut(n).with_min_len(worth(n)).zip(x.par_chunks(n)).for_each(|(o, x)| row(o, x));
             })
         });
         Ok((out, l.shape().clone()))
@@ -98,7 +98,7 @@ impl CustomOp2 for Backward {
             let g = slice::<T>(s2, l2, self.name())?;
             filled::<T>(y.len(), |out| {
                 let rows = y.par_chunks(n).zip(g.par_chunks(n));
-                out.par_chunks_mut(n).zip(rows).for_each(|(o, (y, g))| {
+                out.par_chunks_mut(n).with_min_len(worth(n)).zip(rows).for_each(|(o, (y, g))| {
                     let mean = sum2(y, g, |y, g| y * g);
                     for k in 0..o.len() {
                         o[k] = y[k] * (g[k] - mean);
