@@ -259,23 +259,19 @@ fn a_damaged_model_is_refused_by_name() {
         .collect();
     succeeds(&args, at);
     let sample = |more: &[&str], code, words: &[&str]| {
-        let base = [
-            "images", "sample", "--model", "m", "-n", "2", "--steps", "2", "-q", "--out", "a.png",
-        ];
-        let all: Vec<&str> = base.iter().copied().chain(more.iter().copied()).collect();
+        let mut all = vec!["images", "sample", "--model", "m", "-q", "--out", "a.png"];
+        all.extend(more);
+        for (option, value) in [("-n", "2"), ("--steps", "2")] {
+            if !more.contains(&option) {
+                all.extend([option, value]);
+            }
+        }
         refuses(&all, at, code, words);
         assert!(!at.join("a.png").exists(), "a picture in spite of an error");
     };
     sample(&["--class", "3"], 2, &["unconditional"]);
     sample(&["--guidance", "3"], 2, &["guidance"]);
-    refuses(
-        &[
-            "images", "sample", "--model", "m", "-n", "0", "--out", "a.png",
-        ],
-        at,
-        2,
-        &["at least 1"],
-    );
+    sample(&["-n", "0"], 2, &["at least 1"]);
     sample(&["--steps", "2000"], 2, &["1 to 1000"]);
     sample(&["--grid", "zigzag"], 2, &["zigzag", "karras"]);
     let weights = at.join("m/unet/diffusion_pytorch_model.safetensors");
@@ -285,7 +281,7 @@ fn a_damaged_model_is_refused_by_name() {
     let end = bad.len();
     bad[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(&weights, &bad).unwrap();
-    sample(&[], 1, &["finite"]);
+    sample(&[], 1, &["NaN", "time_emb_proj.weight"]);
     // Cut off.
     std::fs::write(&weights, &sound[..end - 100]).unwrap();
     sample(&[], 1, &["diffusion_pytorch_model.safetensors"]);

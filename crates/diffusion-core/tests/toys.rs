@@ -126,7 +126,7 @@ fn a_repaint_plan_samples_the_conditional_law() {
         vec![0.3, 0.3],
     )
     .unwrap();
-    let points = Grid::UniformLogSnr.points(&Vp::default(), 40).unwrap();
+    let points = Grid::UniformLogSnr.points(&Vp::default(), 120).unwrap();
     let mut moves = Vec::new();
     for (i, pair) in points.windows(2).enumerate() {
         moves.push(Move::Denoise(pair[0], pair[1]));
@@ -259,7 +259,7 @@ fn a_corrector_improves_a_coarse_run() {
             })
             .collect();
         let mut plan = Planned::with_moves(Ancestral::default(), moves);
-        plan.corrector = Some(Box::new(Langevin { ratio: 0.05 }));
+        plan.corrector = Some(Box::new(Langevin { ratio: 0.1 }));
         let mut noise = CounterNoise::new(6, 0..1);
         let x = normals(n, 1, 5).reshape((1, n)).unwrap();
         let x = sample(&plan, &as_one_item(&data, n, 1), x, &mut noise, 0..1).unwrap();

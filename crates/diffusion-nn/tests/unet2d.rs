@@ -314,39 +314,3 @@ fn bad_configurations_and_inputs_say_what_to_do() {
         "{error}"
     );
 }
-
-/// Prints the time of a training step; run with `--ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn time_of_a_training_step() {
-    let c = config(
-        r#"{"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "in_channels": 1,
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "out_channels": 1}"#,
-    );
-    let store = Store::new(7, DType::F32, &Device::Cpu);
-    let net = UNet2D::new(&c, &store.root()).unwrap();
-    let x = normal(1, (64, 1, 8, 8))
-        .unwrap()
-        .to_dtype(DType::F32)
-        .unwrap();
-    let t = Tensor::new(&[5f32; 64], &Device::Cpu).unwrap();
-    let mut times = Vec::new();
-    for _ in 0..12 {
-        let start = std::time::Instant::now();
-        let y = net.forward(&x, &t, None, Mode::Eval).unwrap();
-        let forward = start.elapsed();
-        let loss = (y - &x).unwrap().sqr().unwrap().mean_all().unwrap();
-        let grads = loss.backward().unwrap();
-        assert!(grads.get(&store.named()["conv_in.weight"]).is_some());
-        times.push((start.elapsed(), forward));
-    }
-    times.sort();
-    println!(
-        "{} parameters, median (step, forward) {:?}",
-        store.num_parameters(),
-        times[6]
-    );
-    println!("best {:?}", times[0]);
-    assert!(times[0].0.as_millis() < 1000);
-}

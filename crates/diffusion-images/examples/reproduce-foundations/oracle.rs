@@ -113,11 +113,7 @@ fn reverse_trajectories(options: &Options, results: &mut Results) -> Result<()> 
         };
         let solver = SamplerConfig::named(sampler)?.solver(&points, Some(Arc::new(Vp::default())));
         solver.solve(x, &mut Ctx::new(&model, &mut noise, 0..n), &mut watch)?;
-        let series: Vec<Series> = paths
-            .into_iter()
-            .enumerate()
-            .map(|(i, p)| Series::new(format!("{i}"), p))
-            .collect();
+        let series: Vec<Series> = paths.into_iter().map(|p| Series::new("", p)).collect();
         trajectories(
             &options.out.join(file),
             &Axes::new("From noise to two modes", "log SNR", "x"),
