@@ -4,3 +4,8 @@
 pub mod outputs;
 pub mod parity;
 pub mod unet;
+
+/// The library example of the project's README, compiled and run with the doc tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

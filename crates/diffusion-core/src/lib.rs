@@ -58,3 +58,8 @@ pub mod tensor;
 pub mod train;
 
 pub use error::{Error, Report, Result};
+
+/// The example of the crate's README, compiled and run with the doc tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -87,3 +87,75 @@ impl Step for Ancestral {
         lincomb(1.0, &mean, variance.sqrt(), &ctx.noise.normal(x)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::denoiser::from_fn;
+    use crate::noise::CounterNoise;
+    use crate::predict::{Kind, Prediction};
+    use crate::schedule::BetaSchedule;
+    use candle_core::Device;
+
+    /// One step from index 400 to 300 with this variance, and this mixing weight from the network.
+    fn step(variance: Variance, v: f64) -> Vec<f64> {
+        let table = BetaSchedule::ddpm(1000).table(1000).unwrap();
+        let model = from_fn(move |x: &Tensor, _, _| {
+            let said = Prediction::new(Kind::X0, x.zeros_like()?);
+            Ok(Prediction {
+                var_mix: Some(x.ones_like()?.affine(v, 0.0)?),
+                ..said
+            })
+        });
+        let mut noise = CounterNoise::new(1, 0..1);
+        let mut ctx = Ctx::new(&model, &mut noise, 0..1);
+        let x = Tensor::new(&[[0.3, -1.0, 2.0f64]], &Device::Cpu).unwrap();
+        let sampler = Ancestral {
+            variance,
+            ..Ancestral::default()
+        };
+        let y = sampler
+            .step(&x, &table.index(400), &table.index(300), &mut ctx, &mut ())
+            .unwrap();
+        y.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// The learned variance runs from β̃ at v = −1 to β at v = 1, geometrically.
+    #[test]
+    fn learned_range_lies_between_the_fixed_variances() {
+        let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12);
+        let (small, large) = (
+            step(Variance::FixedSmall, 0.0),
+            step(Variance::FixedLarge, 0.0),
+        );
+        assert!(!close(&small, &large));
+        assert!(close(&step(Variance::LearnedRange, -1.0), &small));
+        assert!(close(&step(Variance::LearnedRange, 1.0), &large));
+        assert!(close(&step(Variance::FixedSmallLog, 0.0), &small));
+        let table = BetaSchedule::ddpm(1000).table(1000).unwrap();
+        let (from, to) = (table.index(400), table.index(300));
+        let (p, beta) = (posterior(&from, &to), transition(&to, &from).variance);
+        // With the same draw z the middle is the mean plus the geometric mean of the deviations.
+        let middle = step(Variance::LearnedRange, 0.0);
+        for ((x, y), s) in [0.3, -1.0, 2.0].iter().zip(&middle).zip(&small) {
+            let z = (s - p.x * x) / p.variance.sqrt();
+            let exact = p.x * x + (p.variance * beta).powf(0.25) * z;
+            assert!((y - exact).abs() < 1e-12, "{y} {exact}");
+        }
+    }
+
+    #[test]
+    fn a_network_without_a_variance_is_refused() {
+        let model = from_fn(|x: &Tensor, _, _| Ok(Prediction::new(Kind::X0, x.clone())));
+        let mut noise = CounterNoise::new(1, 0..1);
+        let mut ctx = Ctx::new(&model, &mut noise, 0..1);
+        let x = Tensor::new(&[[0.3f64]], &Device::Cpu).unwrap();
+        let sampler = Ancestral {
+            variance: Variance::LearnedRange,
+            ..Ancestral::default()
+        };
+        let (from, to) = (Point::new(2.0, 0.6, 0.8), Point::new(1.0, 0.8, 0.6));
+        let error = sampler.step(&x, &from, &to, &mut ctx, &mut ()).unwrap_err();
+        assert!(error.to_string().contains("learned_range"), "{error}");
+    }
+}
