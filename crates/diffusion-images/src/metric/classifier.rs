@@ -6,15 +6,20 @@
 //! L  = −(1/B) Σᵢ log softmax(logitsᵢ)[yᵢ]
 //! ```
 //!
-//! It learns from training images only, each shifted, turned and zoomed a little at random, by
-//! Nesterov's momentum with a learning rate that falls along a half cosine. It is meant for images
-//! of digits' kind: small, centred, one object on an even ground.
+//! It learns from training images only, each shifted, turned and zoomed a little at random, with
+//! the trainer and optimiser of every other model. It is meant for images of digits' kind: small,
+//! centred, one object on an even ground.
 
 use crate::data::Dataset;
-use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Device, Tensor, Var};
+use crate::from_nn;
+use candle_core::{D, DType, Device, Tensor};
+use diffusion_core::train::{
+    AdamWConfig, Cancel, EmaRule, Loss, LrSchedule, Objective, Quiet, Source, StepCtx, TrainConfig,
+    Trainer,
+};
 use diffusion_core::{Report, Result};
-use diffusion_ops::init::Init;
+use diffusion_nn::layer::Linear;
+use diffusion_nn::{Scope, Store};
 use diffusion_ops::rng::{Key, stream};
 
 /// How the classifier is trained.
@@ -30,8 +35,6 @@ pub struct ClassifierConfig {
     pub batch: usize,
     /// The first learning rate.
     pub learning_rate: f64,
-    /// Factor on the velocity.
-    pub momentum: f64,
     /// Pull of the weights towards 0.
     pub weight_decay: f64,
     /// Training images are shifted by at most this many pixels along each axis.
@@ -51,9 +54,8 @@ impl Default for ClassifierConfig {
             features: 64,
             epochs: 100,
             batch: 64,
-            learning_rate: 0.05,
-            momentum: 0.9,
-            weight_decay: 5e-4,
+            learning_rate: 2e-3,
+            weight_decay: 0.05,
             shift: 0.6,
             rotation: 12.0,
             zoom: 0.1,
@@ -86,9 +88,6 @@ impl ClassifierConfig {
                 "a positive number",
             );
         }
-        if !(0.0..1.0).contains(&self.momentum) {
-            return bad("momentum", self.momentum.to_string(), "0 to below 1");
-        }
         if !(0.0..1.0).contains(&self.weight_decay) {
             return bad(
                 "weight_decay",
@@ -114,8 +113,7 @@ impl ClassifierConfig {
 pub struct Classifier {
     shape: (usize, usize, usize),
     classes: Vec<String>,
-    /// Weights `[in, out]` and biases `[out]` of the three layers.
-    layers: [(Tensor, Tensor); 3],
+    layers: Layers,
 }
 
 /// How many images pass through the network at a time.
@@ -142,36 +140,42 @@ impl Classifier {
         let pixels = images.flatten_all()?.to_vec1::<f32>()?;
         let shape = (train.channels(), train.height(), train.width());
         let sizes = [shape.0 * shape.1 * shape.2, config.hidden, config.features];
-        let mut fit = Fit::new(sizes, train.classes().len(), config)?;
-        let steps_per_epoch = train.len().div_ceil(config.batch);
-        let total = (steps_per_epoch * config.epochs) as f64;
-        for epoch in 0..config.epochs {
-            let order = Key::new(config.seed, stream::ORDER).step(epoch as u64);
-            let order = order.permutation(train.len());
-            let mut sum = 0.0;
-            for (i, items) in order.chunks(config.batch).enumerate() {
-                let progress = (epoch * steps_per_epoch + i) as f64 / total;
-                let rate =
-                    0.5 * config.learning_rate * (1.0 + (std::f64::consts::PI * progress).cos());
-                let x = moved_batch(&pixels, shape, items, epoch as u64, config);
-                let x = Tensor::from_vec(x, (items.len(), sizes[0]), &Device::Cpu)?;
-                sum += fit.step(&x, items.iter().map(|&item| labels[item]), rate, config)?;
-            }
-            let loss = sum / steps_per_epoch as f64;
-            tracing::debug!(epoch, loss, "classifier");
-            if !loss.is_finite() {
-                return Err(
-                    Report::new("classifier", format!("a loss of {loss}, epoch {epoch}"))
-                        .expected("a finite loss")
-                        .remedy("use a smaller learning_rate")
-                        .numeric(),
-                );
-            }
-        }
+        let store = Store::new(config.seed, DType::F32, &Device::Cpu);
+        let build = |scope: &Scope| Layers::new(scope, sizes, train.classes().len());
+        let mut fit = Fit {
+            layers: build(&store.root()).map_err(from_nn)?,
+        };
+        let steps = (train.len().div_ceil(config.batch) * config.epochs) as u64;
+        let schedule = TrainConfig {
+            steps,
+            batch_size: config.batch,
+            lr: config.learning_rate,
+            schedule: LrSchedule::CosineToFloor {
+                warmup: steps / 50,
+                floor: 0.0,
+            },
+            adamw: AdamWConfig {
+                weight_decay: config.weight_decay,
+                ..AdamWConfig::default()
+            },
+            ema: EmaRule::Off {},
+            seed: config.seed,
+            ..TrainConfig::default()
+        };
+        let source = Moved {
+            pixels: &pixels,
+            labels,
+            shape,
+            config,
+        };
+        let mut trainer = Trainer::new(store.named(), schedule.check()?)?;
+        trainer.run(&mut fit, &source, &mut Quiet, &Cancel::new())?;
+        let frozen = store.frozen().map_err(from_nn)?;
+        let layers = Store::serve(&frozen, DType::F32, &Device::Cpu, build).map_err(from_nn)?;
         Ok(Self {
             shape,
             classes: train.classes().to_vec(),
-            layers: fit.frozen()?,
+            layers,
         })
     }
 
@@ -182,7 +186,7 @@ impl Classifier {
 
     /// The number of features.
     pub fn feature_size(&self) -> usize {
-        self.layers[2].0.dims()[0]
+        self.layers.features
     }
 
     /// The features h₂ of images.
@@ -193,7 +197,7 @@ impl Classifier {
     /// # Errors
     /// Images of another shape than those trained on.
     pub fn features(&self, images: &Tensor) -> Result<Tensor> {
-        self.in_chunks(images, &self.layers[..2])
+        self.in_chunks(images, Layers::features)
     }
 
     /// The logits of images.
@@ -204,7 +208,7 @@ impl Classifier {
     /// # Errors
     /// Those of [`Classifier::features`].
     pub fn logits(&self, images: &Tensor) -> Result<Tensor> {
-        self.in_chunks(images, &self.layers)
+        self.in_chunks(images, Layers::logits)
     }
 
     /// The most probable class of each image.
@@ -232,7 +236,11 @@ impl Classifier {
         Ok(right as f64 / labels.len() as f64)
     }
 
-    fn in_chunks(&self, images: &Tensor, layers: &[(Tensor, Tensor)]) -> Result<Tensor> {
+    fn in_chunks(
+        &self,
+        images: &Tensor,
+        pass: impl Fn(&Layers, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (c, h, w) = self.shape;
         let count = match images.dims() {
             [count, rest @ ..] if *count > 0 && *rest == [c, h, w] => *count,
@@ -248,115 +256,89 @@ impl Classifier {
             .detach();
         let images = images.reshape((count, c * h * w))?;
         let outputs = (0..count).step_by(CHUNK).map(|start| {
-            let x = images.narrow(0, start, CHUNK.min(count - start))?;
-            forward(x, layers, layers.len() == 2)
+            pass(
+                &self.layers,
+                &images.narrow(0, start, CHUNK.min(count - start))?,
+            )
         });
         let outputs = outputs.collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&outputs, 0)?)
     }
 }
 
-/// Layers with a rectifier after each, the last one excepted unless asked for.
-fn forward(x: Tensor, layers: &[(Tensor, Tensor)], rectify_last: bool) -> Result<Tensor> {
-    let mut x = x;
-    for (i, (weight, bias)) in layers.iter().enumerate() {
-        x = x.matmul(weight)?.broadcast_add(bias)?;
-        if rectify_last || i + 1 < layers.len() {
-            x = x.relu()?;
-        }
-    }
-    Ok(x)
+/// Two rectified layers and a linear one.
+#[derive(Debug)]
+struct Layers {
+    layers: [Linear; 3],
+    features: usize,
 }
 
-/// Network and velocities while training.
-struct Fit {
-    params: Vec<Var>,
-    velocities: Vec<Tensor>,
-    classes: usize,
-}
-
-impl Fit {
-    fn new(sizes: [usize; 3], classes: usize, config: &ClassifierConfig) -> Result<Self> {
-        let outs = [sizes[1], sizes[2], classes];
-        let (mut params, mut velocities) = (Vec::new(), Vec::new());
-        for (i, (fan_in, out)) in sizes.into_iter().zip(outs).enumerate() {
-            // He et al. 2015: rectifiers halve the variance.
-            let weight = Init::Normal {
-                std: (2.0 / fan_in as f64).sqrt(),
-            };
-            for (init, name, shape) in [
-                (weight, "weight", vec![fan_in, out]),
-                (Init::Const(0.0), "bias", vec![out]),
-            ] {
-                let name = format!("classifier.{i}.{name}");
-                let value = init.tensor(config.seed, &name, shape, DType::F32, &Device::Cpu)?;
-                velocities.push(value.zeros_like()?);
-                params.push(Var::from_tensor(&value)?);
-            }
-        }
+impl Layers {
+    fn new(scope: &Scope, sizes: [usize; 3], classes: usize) -> diffusion_nn::Result<Self> {
+        let layer = |i: usize, out| Linear::new(&scope.sub("layers").sub(i), sizes[i], out, true);
+        let layers = [layer(0, sizes[1])?, layer(1, sizes[2])?, layer(2, classes)?];
         Ok(Self {
-            params,
-            velocities,
-            classes,
+            layers,
+            features: sizes[2],
         })
     }
 
-    fn layers(&self) -> Vec<(Tensor, Tensor)> {
-        let tensor = |var: &Var| var.as_tensor().clone();
-        self.params
-            .chunks_exact(2)
-            .map(|pair| (tensor(&pair[0]), tensor(&pair[1])))
-            .collect()
+    fn features(&self, x: &Tensor) -> Result<Tensor> {
+        let hidden = self.layers[0].forward(x).map_err(from_nn)?.relu()?;
+        Ok(self.layers[1].forward(&hidden).map_err(from_nn)?.relu()?)
     }
 
-    /// One step of Nesterov's momentum; the loss before it.
-    fn step(
-        &mut self,
-        x: &Tensor,
-        labels: impl ExactSizeIterator<Item = u32>,
-        rate: f64,
-        config: &ClassifierConfig,
-    ) -> Result<f64> {
-        let count = labels.len();
-        let mut target = vec![0f32; count * self.classes];
-        for (i, label) in labels.enumerate() {
-            target[i * self.classes + label as usize] = 1.0 / count as f32;
-        }
-        let target = Tensor::from_vec(target, (count, self.classes), &Device::Cpu)?;
-        let logits = forward(x.clone(), &self.layers(), false)?;
+    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.layers[2].forward(&self.features(x)?).map_err(from_nn)
+    }
+}
+
+/// The network in training.
+struct Fit {
+    layers: Layers,
+}
+
+impl Objective for Fit {
+    /// Images `[B, C·H·W]` and labels `[B, 1]`.
+    type Batch = (Tensor, Tensor);
+
+    fn losses(&mut self, _: usize, (x, labels): &Self::Batch, _: &StepCtx) -> Result<Vec<Loss>> {
+        let logits = self.layers.logits(x)?;
         // The maximum is a constant: it cancels in the softmax.
         let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
         let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
-        let loss = (shifted.broadcast_sub(&log_sum)? * target)?
-            .sum_all()?
-            .neg()?;
-        let grads = loss.backward()?;
-        self.update(&grads, rate, config)?;
-        Ok(f64::from(loss.to_scalar::<f32>()?))
+        let log_likelihood = (shifted.gather(labels, 1)? - log_sum)?;
+        Ok(vec![Loss::new(
+            "cross-entropy",
+            log_likelihood.mean_all()?.neg()?,
+        )])
+    }
+}
+
+/// Training images, moved a little differently in every epoch.
+struct Moved<'a> {
+    pixels: &'a [f32],
+    labels: &'a [u32],
+    shape: (usize, usize, usize),
+    config: &'a ClassifierConfig,
+}
+
+impl Source for Moved<'_> {
+    type Batch = (Tensor, Tensor);
+
+    fn len(&self) -> usize {
+        self.labels.len()
     }
 
-    fn update(&mut self, grads: &GradStore, rate: f64, config: &ClassifierConfig) -> Result<()> {
-        for (param, velocity) in self.params.iter().zip(&mut self.velocities) {
-            let Some(grad) = grads.get(param) else {
-                return Err(Report::new("classifier", "a parameter without a gradient").numeric());
-            };
-            let value = param.as_tensor().detach();
-            let grad = (grad + (value.clone() * config.weight_decay)?)?;
-            *velocity = ((&*velocity * config.momentum)? + &grad)?.detach();
-            let change = ((&*velocity * config.momentum)? + grad)?;
-            param.set(&(value - (change * rate)?)?)?;
-        }
-        Ok(())
-    }
-
-    /// Copies that neither keep a graph nor share memory with the variables.
-    fn frozen(&self) -> Result<[(Tensor, Tensor); 3]> {
-        let copy = |i: usize| self.params[i].as_tensor().detach().copy();
-        Ok([
-            (copy(0)?, copy(1)?),
-            (copy(2)?, copy(3)?),
-            (copy(4)?, copy(5)?),
-        ])
+    fn batch(&self, items: &[usize], epoch: u64) -> Result<Self::Batch> {
+        let x = moved_batch(self.pixels, self.shape, items, epoch, self.config);
+        let x = Tensor::from_vec(
+            x,
+            (items.len(), self.pixels.len() / self.len()),
+            &Device::Cpu,
+        )?;
+        let labels: Vec<u32> = items.iter().map(|item| self.labels[*item]).collect();
+        Ok((x, Tensor::from_vec(labels, (items.len(), 1), &Device::Cpu)?))
     }
 }
 
@@ -568,7 +550,6 @@ mod tests {
         for (change, field) in [
             ((|c| c.batch = 0) as fn(&mut ClassifierConfig), "batch"),
             (|c| c.learning_rate = f64::NAN, "learning_rate"),
-            (|c| c.momentum = 1.0, "momentum"),
             (|c| c.weight_decay = -1.0, "weight_decay"),
             (|c| c.shift = -1.0, "shift"),
             (|c| c.rotation = f64::NAN, "rotation"),
@@ -576,9 +557,11 @@ mod tests {
         ] {
             assert!(train(&two, change).unwrap_err().to_string().contains(field));
         }
-        let message = train(&two, |c| c.learning_rate = 1e30)
-            .unwrap_err()
-            .to_string();
+        let message = train(&two, |c| {
+            (c.learning_rate, c.weight_decay, c.epochs) = (1e30, 0.0, 5)
+        })
+        .unwrap_err()
+        .to_string();
         assert!(message.contains("finite"), "{message}");
         let good = train(&two, |_| ()).unwrap();
         let wrong = Tensor::zeros((1, 1, 2, 2), DType::F32, &Device::Cpu).unwrap();
