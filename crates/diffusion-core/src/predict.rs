@@ -15,7 +15,7 @@
 
 use crate::error::{Report, Result};
 use crate::schedule::Point;
-use crate::tensor::{At, Coef, combine};
+use crate::tensor::{At, combine};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -160,8 +160,7 @@ impl Prediction {
     /// As [`Prediction::epsilon`].
     pub fn epsilon_of_x0(&self, x: &Tensor, at: At<'_>) -> Result<Tensor> {
         match &self.x0 {
-            Some(x0) if at.any(|p| p.sigma == 0.0) => {
-                let _ = x0;
+            Some(_) if at.any(|p| p.sigma == 0.0) => {
                 Err(self.undefined("epsilon", "sigma = 0", "a point with noise in it"))
             }
             Some(x0) => epsilon_from_x0(x, x0, at),
@@ -281,11 +280,6 @@ pub fn target(kind: Kind, x0: &Tensor, epsilon: &Tensor, at: At<'_>) -> Result<T
             )
         }
     }
-}
-
-/// `ln SNR` of every point, for weights.
-pub fn log_snr(at: At<'_>) -> Coef {
-    at.coef(Point::log_snr)
 }
 
 #[cfg(test)]

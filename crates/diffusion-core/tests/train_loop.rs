@@ -689,7 +689,11 @@ fn time_runs_out_and_the_run_goes_on_later() {
         ..config()
     };
     let outcome = train(dir.path(), &mut Net::new(), short, &mut |_| {}).unwrap();
-    assert_eq!(outcome, Outcome::OutOfTime { step: 0 });
+    // The clock may be too coarse to see the time pass before the first step.
+    assert!(
+        matches!(outcome, Outcome::OutOfTime { step } if step < 30),
+        "{outcome:?}"
+    );
     let outcome = train(dir.path(), &mut Net::new(), config(), &mut |_| {}).unwrap();
     assert_eq!(outcome, Outcome::Finished { step: 30 });
 }

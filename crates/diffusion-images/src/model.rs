@@ -15,7 +15,6 @@
 //! its last class is taken for the withheld label.
 
 use crate::config::ImageConfig;
-use crate::data::Dataset;
 use crate::from_nn;
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::checkpoint::{read_safetensors, write_atomic, write_safetensors_atomic};
@@ -393,19 +392,4 @@ impl ImageModel {
             _ => Ok(()),
         }
     }
-}
-
-/// Whether a data set has the shape of a model's images.
-///
-/// # Errors
-/// `Config` saying both shapes.
-pub fn must_fit(model: &ImageModel, data: &Dataset) -> Result<()> {
-    let ours = model.image_shape()?;
-    let theirs = [data.channels(), data.height(), data.width()];
-    if ours == theirs {
-        return Ok(());
-    }
-    Err(Report::new("data", format!("images of shape {theirs:?}"))
-        .expected(format!("{ours:?}, as the model makes"))
-        .config())
 }

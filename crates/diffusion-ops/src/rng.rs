@@ -167,9 +167,17 @@ mod tests {
         };
         let words = key.words(2);
         let normal = key.normal(3);
+        // A thousand normal values, folded into one number by FNV-1a over their bits.
+        let folded = key
+            .normal(1000)
+            .iter()
+            .flat_map(|z| z.to_bits().to_le_bytes())
+            .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            });
         let golden = include_str!("rng_golden.txt");
         let ours = format!(
-            "{:016x} {:016x}\n{:016x} {:016x} {:016x}\n",
+            "{:016x} {:016x}\n{:016x} {:016x} {:016x}\n{folded:016x}\n",
             words[0],
             words[1],
             normal[0].to_bits(),

@@ -3,7 +3,7 @@
 use crate::denoiser::{Call, Denoiser};
 use crate::error::Result;
 use crate::predict::Prediction;
-use crate::tensor::{At, Coef, lincomb, per_item};
+use crate::tensor::{At, Coef, lincomb};
 use candle_core::{D, DType, Tensor};
 
 /// Extrapolates from the unconditional to the conditional belief.
@@ -81,7 +81,6 @@ pub fn rescale(guided: &Tensor, conditional: &Tensor, amount: f64) -> Result<Ten
         .zip(std(guided)?)
         .map(|(c, g)| amount * c / g + (1.0 - amount))
         .collect();
-    debug_assert_eq!(per_item(&scale, guided)?.dim(0)?, guided.dim(0)?);
     Coef::Each(scale).times(guided)
 }
 
