@@ -44,7 +44,7 @@ impl Bench {
         let start = Instant::now();
         let result = data::open(source.to_str().unwrap());
         assert!(
-            start.elapsed() < Duration::from_secs(1),
+            start.elapsed() < Duration::from_secs(5),
             "{name}: {:?}",
             start.elapsed()
         );

@@ -421,7 +421,10 @@ fn a_second_writer_is_refused_at_once_and_told_who_the_first_is() {
     let started = Instant::now();
     let mut second = RunLock::open(dir.path()).unwrap();
     let error = second.acquire().unwrap_err();
-    assert!(started.elapsed().as_millis() < 100);
+    assert!(
+        started.elapsed().as_millis() < 1000,
+        "a busy machine may pause a test, but not for long"
+    );
     assert!(matches!(error, Error::Checkpoint(_)));
     assert!(
         error.to_string().contains(&std::process::id().to_string()),
