@@ -68,7 +68,7 @@ fn main() -> ExitCode {
             if is_broken_pipe(&error) {
                 return ExitCode::SUCCESS;
             }
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", sentence(&error));
             interrupt::exit_code().unwrap_or(ExitCode::from(failure_code(&error)))
         }
     }
@@ -79,6 +79,18 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Images(command) => images::run(command, &cli.global),
         Command::Inspect(command) => inspect::run(&command, &cli.global),
     }
+}
+
+/// The error and its causes, each said once: some causes are part of the error's own text.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut text, cause| {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &cause;
+        }
+        text
+    })
 }
 
 /// 2 for what the user asked for, 1 for everything else.

@@ -274,6 +274,25 @@ fn a_damaged_model_is_refused_by_name() {
     sample(&["-n", "0"], 2, &["at least 1"]);
     sample(&["--steps", "2000"], 2, &["1 to 1000"]);
     sample(&["--grid", "zigzag"], 2, &["zigzag", "karras"]);
+    sample(&["--batch", "0"], 2, &["at least 1"]);
+    sample(&["--guidance", "-1"], 2, &["guidance", "-1"]);
+    // A full disk, and a device that must not be replaced by a file.
+    let full = [
+        "images",
+        "sample",
+        "--model",
+        "m",
+        "-n",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        "/dev/full",
+    ];
+    if std::fs::metadata("/dev/full").is_ok_and(|m| !m.is_file()) {
+        refuses(&full, at, 1, &["/dev/full", "free some space"]);
+        assert!(!std::fs::metadata("/dev/full").unwrap().is_file());
+    }
     let weights = at.join("m/unet/diffusion_pytorch_model.safetensors");
     let sound = std::fs::read(&weights).unwrap();
     // A NaN in a weight.

@@ -6,8 +6,9 @@
 
 use crate::data::{MAX_IMAGE_BYTES, MAX_SIDE};
 use candle_core::{DType, Device, Tensor};
+use diffusion_core::checkpoint::write_atomic;
 use diffusion_core::{Error, Report, Result};
-use std::io::{BufReader, Write};
+use std::io::BufReader;
 use std::path::Path;
 
 /// An 8-bit picture, grey or colour, its channels interleaved.
@@ -225,7 +226,7 @@ pub fn read_texts(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(texts)
 }
 
-/// Writes a file in one step: to a temporary file in the same folder, then by renaming it.
+/// Writes a file in one step, as [`write_atomic`] does, with messages for people.
 ///
 /// # Errors
 /// The folder is missing or cannot be written to, or the disk is full; the old file, if any, is
@@ -243,17 +244,10 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
                 .config(),
         );
     }
-    let failed = |error: std::io::Error| unwritable(path, &error);
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".tmp-");
-    // Readable by others as any new file is, not by the owner alone as temporary files are.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
-    Ok(())
+    match write_atomic(path, bytes) {
+        Err(Error::Io { source, .. }) => Err(unwritable(path, &source)),
+        other => other,
+    }
 }
 
 fn unwritable(path: &Path, error: &std::io::Error) -> Error {
@@ -261,14 +255,14 @@ fn unwritable(path: &Path, error: &std::io::Error) -> Error {
         std::io::ErrorKind::StorageFull => "free some space on that disk",
         _ => "write to a folder that allows it",
     };
-    Report::file(path, format!("cannot be written ({error})"))
-        .remedy(remedy)
-        .config()
+    let text = format!("cannot be written ({error}); {remedy}");
+    Error::io(path, std::io::Error::new(error.kind(), text))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     #[test]
     fn bytes_are_rounded_and_clamped() {

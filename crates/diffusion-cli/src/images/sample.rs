@@ -44,10 +44,10 @@ pub struct Sample {
     #[arg(long)]
     class: Option<String>,
     /// Classifier-free guidance: 0 ignores the class, 1 is conditional, more is sharper.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     guidance: f64,
     /// Images computed at a time; does not change the result.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = positive)]
     batch: usize,
     /// Images in a row of the grid.
     #[arg(long)]
@@ -55,6 +55,13 @@ pub struct Sample {
     /// The PNG to write.
     #[arg(long)]
     out: PathBuf,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a whole number of at least 1".into()),
+        Ok(n) => Ok(n),
+    }
 }
 
 fn grid(args: &Sample) -> Result<Grid> {

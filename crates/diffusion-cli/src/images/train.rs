@@ -38,7 +38,7 @@ pub struct Train {
     #[arg(long, conflicts_with = "resume")]
     steps: Option<u64>,
     /// Stop after so many minutes; --resume goes on.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     minutes: Option<f64>,
     /// Ignore labels: learn one distribution over all images.
     #[arg(long, conflicts_with = "resume")]

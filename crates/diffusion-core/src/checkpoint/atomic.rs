@@ -12,7 +12,7 @@ use super::encode::Encoder;
 use crate::error::{Error, Result};
 
 /// Replaces the file at `path` by `bytes`: a temporary file in the same folder, fsync, rename,
-/// fsync of the folder.
+/// fsync of the folder. A device or a pipe is written to as it is.
 ///
 /// # Errors
 ///
@@ -43,6 +43,12 @@ pub fn write_safetensors_atomic(
 
 fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let io = |e| Error::io(path, e);
+    // A device or a pipe is written to; renaming a file over it would take its place.
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let mut device = File::options().write(true).open(path).map_err(io)?;
+        write(&mut device)?;
+        return device.flush().map_err(io);
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
