@@ -387,6 +387,7 @@ fn pictures(
     let samples = model.sample(&request(options, "dpmpp-2m", 20, 100, classes)?, &mut ())?;
     let layout = GridOptions {
         columns: Some(10),
+        min_tile: 64,
         ..GridOptions::default()
     };
     sample_grid(&samples, &layout)?.write_png(
@@ -422,6 +423,7 @@ fn pictures(
         .to_dtype(candle_core::DType::F32)?;
     let layout = GridOptions {
         columns: Some(rows.len()),
+        min_tile: 64,
         ..GridOptions::default()
     };
     sample_grid(&all, &layout)?.write_png(
