@@ -17,7 +17,10 @@ pub const PRESETS: [(&str, &str); 4] = [
         "small",
         "about 0.7 M parameters, for images up to 16x16 and a few minutes on two cores",
     ),
-    ("medium", "about 1.1 M parameters, for 28x28 and 32x32, hours on two cores"),
+    (
+        "medium",
+        "about 1.1 M parameters, for 28x28 and 32x32, hours on two cores",
+    ),
 ];
 
 struct Shape {
