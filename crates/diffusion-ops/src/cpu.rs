@@ -1,9 +1,14 @@
 //! What the CPU kernels share: element types, access to contiguous storage, ordered sums.
 
+use crate::simd::{Simd, Vector};
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType, bail};
 
 /// The element types that the kernels are compiled for.
 pub(crate) trait Real: WithDType + std::ops::Neg<Output = Self> {
+    /// Vectors of this type.
+    type V<S: Simd>: Vector<Self>;
+    /// `self · b + c` with one rounding; call it through [`Simd::mul_add`].
+    fn fused(self, b: Self, c: Self) -> Self;
     fn exp(self) -> Self;
     fn ln_1p(self) -> Self;
     fn tanh(self) -> Self;
@@ -11,6 +16,11 @@ pub(crate) trait Real: WithDType + std::ops::Neg<Output = Self> {
 }
 
 impl Real for f32 {
+    type V<S: Simd> = S::F32;
+    #[inline(always)]
+    fn fused(self, b: Self, c: Self) -> Self {
+        self.mul_add(b, c)
+    }
     fn exp(self) -> Self {
         self.exp()
     }
@@ -26,6 +36,11 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    type V<S: Simd> = S::F64;
+    #[inline(always)]
+    fn fused(self, b: Self, c: Self) -> Self {
+        self.mul_add(b, c)
+    }
     fn exp(self) -> Self {
         self.exp()
     }

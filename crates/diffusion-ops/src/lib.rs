@@ -11,6 +11,8 @@
 //! rounded once. On other devices they are compositions of the tensor library's own operations,
 //! and the tests hold the two against each other.
 
+#![allow(unsafe_code)] // The one crate that may; every block states its invariant.
+
 mod activation;
 mod attention;
 mod bias;
@@ -23,6 +25,7 @@ mod im2col;
 mod layer_norm;
 mod linear;
 mod resample;
+mod simd;
 mod softmax;
 
 pub mod gradcheck;
@@ -42,6 +45,7 @@ pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use resample::{avg_pool2d, fir_resample2d, upsample_nearest2d};
+pub use simd::{LEVEL_VARIABLE, Level, level, set_level};
 pub use softmax::softmax;
 
 /// The examples of the README, compiled and run with the documentation tests.
