@@ -102,6 +102,31 @@ pub(crate) fn filled<T: WithDType>(n: usize, fill: impl FnOnce(&mut [T])) -> Cpu
     T::to_cpu_storage_owned(out)
 }
 
+/// A new storage of `n` elements that `fill` writes.
+///
+/// # Safety
+/// `fill` must write every element before it reads it.
+pub(crate) unsafe fn written<T: WithDType>(n: usize, fill: impl FnOnce(&mut [T])) -> CpuStorage {
+    // SAFETY: passed on to the caller.
+    T::to_cpu_storage_owned(unsafe { buffer(n, fill) })
+}
+
+/// [`written`], as a vector.
+///
+/// # Safety
+/// As for [`written`].
+pub(crate) unsafe fn buffer<T: Copy>(n: usize, fill: impl FnOnce(&mut [T])) -> Vec<T> {
+    let mut out: Vec<T> = Vec::with_capacity(n);
+    // SAFETY: the capacity is n, every bit pattern is a number, and the caller vouches that no
+    // element is read before it is written.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        out.set_len(n);
+    }
+    fill(&mut out);
+    out
+}
+
 /// How many tasks of `size` elements each are at least worth handing to another thread: waking one
 /// costs as much as some ten thousand additions.
 pub(crate) fn worth(size: usize) -> usize {

@@ -72,6 +72,49 @@ pub fn max_abs_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(d.to_vec1::<f64>()?.into_iter().fold(0.0, f64::max))
 }
 
+/// Runs a test at every SIMD level that the processor has, one test at a time.
+#[cfg(test)]
+pub(crate) fn at_every_level(test: impl Fn(crate::Level) -> Result<()>) -> Result<()> {
+    use crate::{Level, set_level};
+    static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _held = LOCK
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+        if set_level(level) == level {
+            let outcome = test(level);
+            set_level(Level::Avx512);
+            outcome?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs a function on pools of 1, 2 and 4 threads; the results must have the same bits.
+#[cfg(test)]
+pub(crate) fn same_bits_on_any_number_of_threads(
+    f: impl Fn() -> Result<Vec<Tensor>> + Sync,
+) -> Result<()> {
+    let run = |threads: usize| -> Result<Vec<Vec<u64>>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.map_err(candle_core::Error::wrap)?.install(|| {
+            f()?.iter()
+                .map(|t| {
+                    let wide = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                    Ok(wide.into_iter().map(f64::to_bits).collect())
+                })
+                .collect()
+        })
+    };
+    let one = run(1)?;
+    for threads in [2, 4] {
+        if run(threads)? != one {
+            bail!("{threads} threads give other bits than one");
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
