@@ -127,6 +127,48 @@ pub(crate) unsafe fn buffer<T: Copy>(n: usize, fill: impl FnOnce(&mut [T])) -> V
     out
 }
 
+/// A slice that several tasks write at once, each in its own places.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T> {
+    at: *mut T,
+    len: usize,
+}
+
+// SAFETY: the pointer is only followed through `at`, whose callers write disjoint places.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The whole slice; it must outlive the tasks, which a parallel loop inside its borrow ensures.
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self {
+            at: slice.as_mut_ptr(),
+            len: slice.len(),
+        }
+    }
+
+    /// The slice from element `from` on.
+    pub(crate) fn shifted(self, from: usize) -> Self {
+        assert!(from <= self.len, "{from} of {}", self.len);
+        Self {
+            at: self.at.wrapping_add(from),
+            len: self.len - from,
+        }
+    }
+
+    /// A pointer to element `i`.
+    ///
+    /// # Safety
+    /// What is written through it must lie inside the slice, and no other task may use that part
+    /// meanwhile.
+    pub(crate) unsafe fn at(self, i: usize) -> *mut T {
+        assert!(i < self.len, "{i} of {}", self.len);
+        // SAFETY: inside the slice.
+        unsafe { self.at.add(i) }
+    }
+}
+
 /// How many tasks of `size` elements each are at least worth handing to another thread: waking one
 /// costs as much as some ten thousand additions.
 pub(crate) fn worth(size: usize) -> usize {
@@ -139,6 +181,7 @@ pub(crate) const CHUNK: usize = 8192;
 const LANES: usize = 16;
 
 /// Σ f(xᵢ, yᵢ) in a fixed order: sixteen partial sums, which is what a vector unit can keep busy.
+#[inline(always)]
 pub(crate) fn sum2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
     let mut lanes = [T::zero(); LANES];
     let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
@@ -163,6 +206,7 @@ pub(crate) fn sum2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
 }
 
 /// Σ f(xᵢ), in the order of [`sum2`].
+#[inline(always)]
 pub(crate) fn sum1<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
     sum2(x, x, |a, _| f(a))
 }

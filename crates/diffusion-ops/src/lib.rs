@@ -20,10 +20,11 @@ mod conv;
 mod cpu;
 mod dropout;
 mod embedding;
+mod gradient;
 mod group_norm;
-mod im2col;
 mod layer_norm;
 mod linear;
+mod mm;
 mod resample;
 mod simd;
 mod softmax;
@@ -38,7 +39,10 @@ use gemm as _;
 pub use activation::{gelu, mish, relu, silu};
 pub use attention::attention;
 pub use bias::add_bias;
-pub use conv::{Padding, conv1d, conv2d};
+pub use conv::{
+    Padding, WINOGRAD_VARIABLE, Winograd, conv_transpose1d, conv_transpose2d, conv1d, conv2d, set_winograd,
+    winograd,
+};
 pub use dropout::dropout;
 pub use embedding::timestep_embedding;
 pub use group_norm::group_norm;
