@@ -1,10 +1,11 @@
-//! A training step and a sampling call of two image networks.
+//! Training steps and sampling calls of image networks: those of the presets, and the cases of
+//! `images` under the names that the comparison with other libraries uses.
 
 #![allow(missing_docs, clippy::expect_used)] // A bench that cannot run has nobody to report to.
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
-use diffusion_benches::Training;
+use diffusion_benches::{Case, Training, specs};
 use diffusion_core::denoiser::{Call, Denoiser};
 use diffusion_core::noise::CounterNoise;
 use diffusion_core::tensor::At;
@@ -14,7 +15,7 @@ use std::time::Duration;
 /// Preset, side of the images, batch of a training step.
 const CASES: [(&str, usize, usize); 2] = [("small", 8, 64), ("medium", 28, 16)];
 
-fn images(c: &mut Criterion) {
+fn presets(c: &mut Criterion) {
     let mut group = c.benchmark_group("images");
     group
         .sample_size(10)
@@ -53,5 +54,26 @@ fn images(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, images);
+fn images(c: &mut Criterion) {
+    let mut group = c.benchmark_group("images");
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_secs(2))
+        .measurement_time(Duration::from_secs(8));
+    for spec in specs() {
+        if spec.domain() != "images" {
+            continue;
+        }
+        let name = spec.name.trim_start_matches("images/").to_owned();
+        // Built when criterion runs it, so that a filter skips the rest.
+        let mut case: Option<Box<dyn Case>> = None;
+        group.bench_function(name, |b| {
+            let case = case.get_or_insert_with(|| spec.build().expect("a case builds"));
+            b.iter(|| case.call().expect("a call"));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, presets, images);
 criterion_main!(benches);

@@ -38,21 +38,47 @@ pub fn device(name: &str) -> Result<Device> {
     })
 }
 
-/// candle's second pool spins while it waits, which on a busy machine costs more than it gives; a
-/// limit of 0 lets it sleep.
-const SPIN: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+/// What is set unless the user has: name, value, for which systems.
+const DEFAULTS: [(&str, &str, bool); 3] = [
+    // candle's second pool spins while it waits, which on a busy machine costs more than it gives;
+    // a limit of 0 lets it sleep.
+    ("CANDLE_BARRIER_POOL_SPIN_LIMIT", "0", true),
+    // Graphs of deep networks are walked by recursion on the threads of the pool.
+    ("RUST_MIN_STACK", "33554432", true),
+    // The allocator keeps the memory of one step for the next instead of handing it back to the
+    // system, which would fill every page with zeros again.
+    (
+        "GLIBC_TUNABLES",
+        "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184",
+        cfg!(all(target_os = "linux", target_env = "gnu")),
+    ),
+];
 
-/// Starts this program again with the thread pools set, because they are read once, before any
-/// tensor exists. `None` when nothing has to be done.
-pub fn with_threads(threads: Option<u16>) -> Option<ExitCode> {
-    let mut wanted: Vec<(&str, String)> = Vec::new();
-    if std::env::var_os(SPIN).is_none() {
-        wanted.push((SPIN, "0".into()));
-    }
+/// The variables that have to be set, given those that are.
+fn missing(
+    threads: Option<u16>,
+    present: impl Fn(&str) -> Option<std::ffi::OsString>,
+) -> Vec<(&'static str, String)> {
+    let defaults = DEFAULTS
+        .iter()
+        .filter(|(name, _, here)| *here && present(name).is_none());
+    let mut wanted: Vec<_> = defaults
+        .map(|(name, value, _)| (*name, value.to_string()))
+        .collect();
     if let Some(threads) = threads {
-        wanted.extend(POOLS.map(|name| (name, threads.to_string())));
+        let threads = threads.to_string();
+        let pools = POOLS
+            .iter()
+            .filter(|name| present(name) != Some(threads.clone().into()));
+        wanted.extend(pools.map(|name| (*name, threads.clone())));
     }
-    wanted.retain(|(name, value)| std::env::var(name).as_ref() != Ok(value));
+    wanted
+}
+
+/// Starts this program again with the thread pools and the allocator set, because they read their
+/// variables once, before any tensor exists. `None` when nothing has to be done.
+pub fn with_threads(threads: Option<u16>) -> Option<ExitCode> {
+    let wanted = missing(threads, |name| std::env::var_os(name));
     if wanted.is_empty() {
         return None;
     }
@@ -92,6 +118,33 @@ fn replace(mut command: Command) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_pool_gets_the_number_of_threads_and_the_user_has_the_last_word() {
+        let set = |names: &[(&str, &str)]| {
+            let names: Vec<(String, String)> = names
+                .iter()
+                .map(|(n, v)| (n.to_string(), v.to_string()))
+                .collect();
+            move |name: &str| {
+                let found = names.iter().find(|(n, _)| n == name);
+                found.map(|(_, value)| value.clone().into())
+            }
+        };
+        let wanted = missing(Some(3), set(&[("RAYON_NUM_THREADS", "8")]));
+        for pool in POOLS {
+            assert!(wanted.contains(&(pool, "3".to_string())), "{wanted:?}");
+        }
+        let all: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        // The program that was started again has nothing more to set.
+        assert_eq!(missing(Some(3), set(&all)), []);
+        assert_eq!(missing(None, set(&all)), []);
+        let own = missing(
+            None,
+            set(&[("RUST_MIN_STACK", "1"), ("GLIBC_TUNABLES", "")]),
+        );
+        assert_eq!(own, [("CANDLE_BARRIER_POOL_SPIN_LIMIT", "0".to_string())]);
+    }
 
     #[test]
     fn names_of_devices() {

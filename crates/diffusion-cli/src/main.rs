@@ -61,7 +61,9 @@ fn main() -> ExitCode {
         return code;
     }
     logging(&cli.global);
-    match run(cli) {
+    // Inside the thread pool: from outside, each of a step's many parallel regions would begin with
+    // waking a thread and end with waking this one.
+    match rayon::scope(|_| run(cli)) {
         Ok(code) => code,
         Err(error) => {
             // A reader that went away (`| head`) is not an error of ours.

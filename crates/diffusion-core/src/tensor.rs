@@ -58,9 +58,17 @@ impl Coef {
     /// When the number of scalars is not the batch size.
     pub fn times(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Coef::All(c) => x.affine(*c, 0.0)?,
-            Coef::Each(c) => x.broadcast_mul(&per_item(c, x)?)?,
+            Coef::All(c) => diffusion_ops::combine(&[(*c, x)])?,
+            Coef::Each(c) => diffusion_ops::combine_each(&[(c, x)])?,
         })
+    }
+
+    /// One scalar for each element of a batch.
+    fn each(&self, batch: usize) -> Vec<f64> {
+        match self {
+            Coef::All(c) => vec![*c; batch],
+            Coef::Each(c) => c.clone(),
+        }
     }
 }
 
@@ -84,7 +92,14 @@ pub fn per_item(values: &[f64], like: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When shapes differ.
 pub fn combine(a: &Coef, x: &Tensor, b: &Coef, y: &Tensor) -> Result<Tensor> {
-    Ok((a.times(x)? + b.times(y)?)?)
+    if let (Coef::All(a), Coef::All(b)) = (a, b) {
+        return lincomb(*a, x, *b, y);
+    }
+    let batch = x.dims().first().copied().unwrap_or(1);
+    Ok(diffusion_ops::combine_each(&[
+        (&a.each(batch), x),
+        (&b.each(batch), y),
+    ])?)
 }
 
 /// `a x + b y` with scalars for the whole batch.
@@ -92,7 +107,7 @@ pub fn combine(a: &Coef, x: &Tensor, b: &Coef, y: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When shapes differ.
 pub fn lincomb(a: f64, x: &Tensor, b: f64, y: &Tensor) -> Result<Tensor> {
-    Ok((x.affine(a, 0.0)? + y.affine(b, 0.0)?)?)
+    Ok(diffusion_ops::combine(&[(a, x), (b, y)])?)
 }
 
 /// Mean over every dimension but the first: `[B, …] → [B]`.
@@ -123,7 +138,7 @@ pub fn all_finite(x: &Tensor) -> Result<bool> {
 /// When the function does not depend on `x` or a tensor operation fails.
 pub fn gradient(x: &Tensor, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let var = Var::from_tensor(&x.detach())?;
-    let grads = f(var.as_tensor())?.backward()?;
+    let grads = diffusion_ops::backward(&f(var.as_tensor())?)?;
     match grads.get(var.as_tensor()) {
         Some(gradient) => Ok(gradient.detach()),
         None => Err(crate::error::Report::new(

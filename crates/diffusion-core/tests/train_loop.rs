@@ -11,8 +11,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use diffusion_core::checkpoint::fault::{Fault, Faulty};
 use diffusion_core::checkpoint::{DiskStorage, RunLock};
 use diffusion_core::train::{
-    Both, Cancel, Event, GuardConfig, JsonLines, Loss, LossValue, LrSchedule, Objective, Observer,
-    Outcome, Policy, Quiet, SaveFailure, Source, SpikeRule, StepCtx, TrainConfig, Trainer,
+    AdamWConfig, Both, Cancel, Event, GuardConfig, JsonLines, Loss, LossValue, LrSchedule,
+    Objective, Observer, Outcome, Policy, Quiet, SaveFailure, Source, SpikeRule, StepCtx,
+    TrainConfig, Trainer,
 };
 use diffusion_core::{Error, Result};
 
@@ -818,4 +819,80 @@ fn averaged_weights_can_be_used_in_place() {
     trainer.use_ema().unwrap();
     assert_eq!(values(&ema["w1"]), values(&net.w1));
     assert_eq!(trainer.step(), 30);
+}
+
+/// [`Net`], which leaves the parameters alone between the update and the moving average.
+struct HandsOff(Net);
+
+impl Objective for HandsOff {
+    type Batch = Tensor;
+
+    fn losses(&mut self, phase: usize, x: &Tensor, ctx: &StepCtx) -> Result<Vec<Loss>> {
+        self.0.losses(phase, x, ctx)
+    }
+
+    fn writes_parameters(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn the_average_taken_with_the_update_is_the_one_taken_after_it() {
+    let bits = |map: BTreeMap<String, Tensor>| {
+        let values = map.into_values();
+        let values = values.map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        values
+            .map(|v| v.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            .collect::<Vec<_>>()
+    };
+    let run = |together: bool| {
+        let net = Net::new();
+        let mut params = net.params();
+        // One that never has a gradient is averaged, too.
+        let idle = Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+        params.insert("idle".into(), Var::from_tensor(&idle).unwrap());
+        let mut trainer = Trainer::new(params, config().check().unwrap()).unwrap();
+        let cancel = Cancel::new();
+        match together {
+            true => trainer.run(&mut HandsOff(net), &Numbers, &mut Quiet, &cancel),
+            false => {
+                let mut net = net;
+                trainer.run(&mut net, &Numbers, &mut Quiet, &cancel)
+            }
+        }
+        .unwrap();
+        let now = trainer.params().iter();
+        let now = now
+            .map(|(n, v)| (n.clone(), v.as_tensor().clone()))
+            .collect();
+        (bits(now), bits(trainer.ema().unwrap()))
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
+fn weights_that_leave_the_finite_are_found_and_kept_from_the_average() {
+    // A rate that is past the range of f32 after the first update.
+    let config = TrainConfig {
+        lr: 1e39,
+        schedule: LrSchedule::Constant {},
+        adamw: AdamWConfig {
+            weight_decay: 0.0,
+            ..AdamWConfig::default()
+        },
+        ..config()
+    };
+    let net = Net::new();
+    let mut trainer = Trainer::new(net.params(), config.check().unwrap()).unwrap();
+    let error = trainer
+        .run(&mut HandsOff(net), &Numbers, &mut Quiet, &Cancel::new())
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("weight `w1` is not finite"),
+        "{error}"
+    );
+    for average in trainer.ema().unwrap().values() {
+        let values = average.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(values.iter().all(|v| v.is_finite()));
+    }
 }

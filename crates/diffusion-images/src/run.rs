@@ -44,6 +44,8 @@ pub fn stored_config(model: &Path) -> Result<ImageConfig> {
 fn identity(config: &ImageConfig, data: &Dataset) -> Result<String> {
     let model = ImageConfig {
         train: Default::default(),
+        // Memory for time, which a run may change its mind about.
+        gradient_checkpointing: false,
         ..config.clone()
     };
     let (name, n) = (data.name(), data.len());

@@ -65,7 +65,8 @@ impl Task {
     pub fn new(config: &ImageConfig, device: &Device) -> Result<Self> {
         config.check()?;
         let store = Store::new(config.train.seed, DType::F32, device);
-        let network = UNet2D::new(&config.network, &store.root()).map_err(from_nn)?;
+        let mut network = UNet2D::new(&config.network, &store.root()).map_err(from_nn)?;
+        network.set_gradient_checkpointing(config.gradient_checkpointing);
         let objective = Denoising {
             schedule: Arc::new(config.process.table()?),
             weight: config.weight,
@@ -152,6 +153,10 @@ impl Objective for Task {
             self.objective
                 .losses(&network, &batch.images, &epsilon, &points, &mut call)?;
         Ok(vec![Loss::new("denoising", losses.mean_all()?)])
+    }
+
+    fn writes_parameters(&self) -> bool {
+        false
     }
 
     fn describe(&self, _: usize, ctx: &StepCtx) -> Option<String> {

@@ -89,7 +89,7 @@ fn every_parameter_has_a_gradient_that_is_right() {
             let y = net.forward(&x, &t, labels.as_ref(), Mode::Eval).unwrap();
             (y * &w).unwrap().sum_all().unwrap()
         };
-        let grads = loss().backward().unwrap();
+        let grads = diffusion_ops::backward(&loss()).unwrap();
         let mut worst = 0f64;
         for (k, (param, var)) in store.named().iter().enumerate() {
             let grad = grads
@@ -243,6 +243,40 @@ fn dropout_is_reproducible_and_differs_by_step_and_layer() {
     let second = run(Mode::Train { key: key.step(1) });
     assert!(max_abs_difference(&first, &second).unwrap() > 1e-3);
     assert!(max_abs_difference(&first, &run(Mode::Eval)).unwrap() > 1e-3);
+}
+
+#[test]
+fn gradient_checkpointing_changes_no_number() {
+    for (name, mut c, classes) in family() {
+        c.dropout = 0.2;
+        let store = Store::new(7, DType::F64, &Device::Cpu);
+        let mut net = UNet2D::new(&c, &store.root()).unwrap();
+        stir(&store);
+        let (x, t, labels) = inputs(&c, classes);
+        let mode = Mode::Train {
+            key: Key::new(1, stream::DROPOUT),
+        };
+        let mut run = |on| {
+            net.set_gradient_checkpointing(on);
+            let y = net.forward(&x, &t, labels.as_ref(), mode).unwrap();
+            let loss = y.sqr().unwrap().sum_all().unwrap();
+            let nodes = y.sorted_nodes().len();
+            (y, diffusion_ops::backward(&loss).unwrap(), nodes)
+        };
+        let ((y, grads, nodes), (short_y, short, short_nodes)) = (run(false), run(true));
+        assert!(short_nodes * 2 < nodes, "{name}: {short_nodes} of {nodes}");
+        assert_eq!(max_abs_difference(&y, &short_y).unwrap(), 0.0, "{name}");
+        for (param, var) in store.named() {
+            let (a, b) = (grads.get(&var).unwrap(), short.get(&var).unwrap());
+            let size = max_abs_difference(a, &a.zeros_like().unwrap()).unwrap();
+            let error = max_abs_difference(a, b).unwrap();
+            // Maps that go both down and across are summed in another order.
+            assert!(
+                error <= 1e-12 * size.max(1e-2),
+                "{name} {param}: {error:e} of {size:e}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::simd::{Simd, Vector};
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType, bail};
+use rayon::prelude::*;
 
 /// The element types that the kernels are compiled for.
 pub(crate) trait Real: WithDType + std::ops::Neg<Output = Self> {
@@ -209,4 +210,23 @@ pub(crate) fn sum2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
 #[inline(always)]
 pub(crate) fn sum1<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
     sum2(x, x, |a, _| f(a))
+}
+
+/// Calls `task(scratch, i)` for i < n, on several threads where that pays: one call costs about as
+/// much as `work` additions. Each thread works through its calls with a scratch of its own.
+pub(crate) fn for_each_task<S>(
+    n: usize,
+    work: usize,
+    scratch: impl Fn() -> S + Send + Sync,
+    task: impl Fn(&mut S, usize) + Send + Sync,
+) {
+    let least = worth(work);
+    // Even a pool of one thread would have to be woken.
+    if n < 2 * least || rayon::current_num_threads() == 1 {
+        let mut scratch = scratch();
+        (0..n).for_each(|i| task(&mut scratch, i));
+        return;
+    }
+    let calls = (0..n).into_par_iter().with_min_len(least);
+    calls.for_each_init(scratch, task);
 }

@@ -1,9 +1,13 @@
 //! Dropout with a reproducible mask.
 
-use crate::cpu::worth;
+use crate::cpu::{CHUNK, Real, by_float, half_on_cpu, native, slice, worth, written};
+use crate::gradient::deliver;
 use crate::rng::Key;
-use candle_core::{Device, Result, Tensor, bail};
+use crate::simd::{Kernel, Simd, dispatch};
+use crate::vmath::real;
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Dropout (Srivastava et al. 2014), scaled so that the mean is kept.
 ///
@@ -26,27 +30,94 @@ pub fn dropout(x: &Tensor, p: f64, key: Key) -> Result<Tensor> {
     if p == 0.0 || x.elem_count() == 0 {
         return Ok(x.clone());
     }
+    if half_on_cpu(x) {
+        return dropout(&x.to_dtype(DType::F32)?, p, key)?.to_dtype(x.dtype());
+    }
+    let keep = 1.0 / (1.0 - p);
+    let kept = mask(x, p, key);
+    if native(x) {
+        return x.contiguous()?.apply_op1(Dropout { kept, keep });
+    }
+    let kept = Tensor::from_slice(&kept, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
+    x * (kept.to_device(x.device())? * keep)?
+}
+
+/// 1 for what is kept and 0 for what is dropped.
+fn mask(x: &Tensor, p: f64, key: Key) -> Arc<[u8]> {
     let batch = x.dims().first().copied().unwrap_or(1);
     let item = x.elem_count() / batch;
-    let keep = 1.0 / (1.0 - p);
-    let mut mask = vec![0f32; x.elem_count()];
+    let mut mask = vec![0u8; x.elem_count()];
     mask.par_chunks_mut(item)
         .with_min_len(worth(item))
         .enumerate()
         .for_each(|(i, mask)| {
             let draws = key.item(key.item.wrapping_add(i as u64)).uniform(item);
             for (m, u) in mask.iter_mut().zip(draws) {
-                *m = if u < p { 0.0 } else { 1.0 };
+                *m = u8::from(u >= p);
             }
         });
-    let mask = Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
-    x * (mask.to_device(x.device())? * keep)?
+    mask.into()
+}
+
+/// m ⊙ x/(1 − p), which is its own adjoint.
+#[derive(Clone)]
+struct Dropout {
+    kept: Arc<[u8]>,
+    keep: f64,
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        "dropout"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = by_float!(s, self.name(), T => {
+            let x = slice::<T>(s, l, self.name())?;
+            assert_eq!(x.len(), self.kept.len());
+            let keep = real::<T>(self.keep);
+            let fill = |out: &mut [T]| {
+                out.par_chunks_mut(CHUNK)
+                    .with_min_len(worth(CHUNK))
+                    .zip(x.par_chunks(CHUNK).zip(self.kept.par_chunks(CHUNK)))
+                    .for_each(|(out, (x, kept))| dispatch(Apply { x, kept, keep, out }));
+            };
+            // SAFETY: the chunks cover the output, of which every element is written.
+            unsafe { written(x.len(), fill) }
+        });
+        Ok((out, l.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        deliver(x, grad.detach().contiguous()?.apply_op1_no_bwd(self)?)
+    }
+}
+
+struct Apply<'a, T> {
+    x: &'a [T],
+    kept: &'a [u8],
+    keep: T,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Apply<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let zero = real::<T>(0.0);
+        for ((o, x), kept) in self.out.iter_mut().zip(self.x).zip(self.kept) {
+            *o = *x * if *kept != 0 { self.keep } else { zero };
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gradcheck::{max_relative_error, normal};
+    use crate::gradcheck::{
+        at_every_level, max_abs_difference, max_relative_error, normal,
+        same_bits_on_any_number_of_threads,
+    };
     use crate::rng::stream;
 
     #[test]
@@ -73,8 +144,30 @@ mod tests {
     #[test]
     fn gradient() -> Result<()> {
         let key = Key::new(3, stream::TEST);
-        let e = max_relative_error(|t| dropout(&t[0], 0.4, key), &[normal(1, (3, 11))?])?;
-        assert!(e < 1e-6, "{e:e}");
-        Ok(())
+        at_every_level(|_| {
+            let e = max_relative_error(|t| dropout(&t[0], 0.4, key), &[normal(1, (3, 11))?])?;
+            assert!(e < 1e-6, "{e:e}");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn the_mask_is_the_one_of_the_stream() -> Result<()> {
+        let key = Key::new(5, stream::TEST).item(2);
+        let x = normal(1, (2, 9000))?.to_dtype(DType::F32)?;
+        at_every_level(|_| {
+            let y = dropout(&x, 0.25, key)?.to_vec2::<f32>()?;
+            for (i, (y, x)) in y.iter().zip(x.to_vec2::<f32>()?).enumerate() {
+                let draws = key.item(2 + i as u64).uniform(x.len());
+                for ((y, x), u) in y.iter().zip(x).zip(draws) {
+                    assert_eq!(*y, if u < 0.25 { 0.0 } else { x * (1.0f32 / 0.75) });
+                }
+            }
+            same_bits_on_any_number_of_threads(|| Ok(vec![dropout(&x, 0.25, key)?]))?;
+            let half = dropout(&x.to_dtype(DType::F16)?, 0.5, key)?;
+            let kept = dropout(&x.to_dtype(DType::F16)?.to_dtype(DType::F32)?, 0.5, key)?;
+            assert_eq!(max_abs_difference(&half, &kept.to_dtype(DType::F16)?)?, 0.0);
+            Ok(())
+        })
     }
 }

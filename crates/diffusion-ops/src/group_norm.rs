@@ -1,8 +1,15 @@
-//! Normalisation over groups of channels.
+//! Normalisation over groups of channels, with the nonlinearity that usually follows.
 
-use crate::cpu::{Real, by_float, filled, half_on_cpu, native, slice, sum1, sum2, worth};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use crate::activation::{Activation, Function, by_activation};
+use crate::cpu::{Real, by_float, half_on_cpu, native, slice, worth, written};
+use crate::gradient::{deliver, wanted};
+use crate::simd::{Kernel, Simd, dispatch};
+use crate::vmath::{real, squared_deviations, sum, sum_and_moment};
+use candle_core::{
+    CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use rayon::prelude::*;
+use std::marker::PhantomData;
 
 /// Group normalisation (Wu and He 2018, equations 1 and 7).
 ///
@@ -14,16 +21,41 @@ use rayon::prelude::*;
 /// positions of one batch element.
 ///
 /// # Shapes
-/// `x [B, C, ...]`, `gamma [C]`, `beta [C]`; the result has the shape of `x`.
+/// `x [B, C, ...]`, `gamma [C]`, `beta [C]`; the result has the shape of `x`. With `gamma` and
+/// `beta` of shape `[B, C]` each batch element has its own scale and shift.
 ///
 /// # Errors
-/// If `groups` does not divide `C` or a parameter does not have the shape `[C]`.
+/// If `groups` does not divide `C` or a parameter has another shape.
 pub fn group_norm(
     x: &Tensor,
     gamma: &Tensor,
     beta: &Tensor,
     groups: usize,
     eps: f64,
+) -> Result<Tensor> {
+    group_norm_act(x, gamma, beta, groups, eps, None)
+}
+
+/// Group normalisation followed by a nonlinearity, in one pass.
+///
+/// ```text
+/// y = a(γ_c (x − μ)/√(σ² + ε) + β_c)
+/// ```
+///
+/// where `a` is the `activation` (the identity for `None`) and the rest is as in [`group_norm`].
+///
+/// # Shapes
+/// Those of [`group_norm`].
+///
+/// # Errors
+/// Those of [`group_norm`].
+pub fn group_norm_act(
+    x: &Tensor,
+    gamma: &Tensor,
+    beta: &Tensor,
+    groups: usize,
+    eps: f64,
+    activation: Option<Activation>,
 ) -> Result<Tensor> {
     let [batch, channels, rest @ ..] = x.dims() else {
         bail!(
@@ -34,22 +66,28 @@ pub fn group_norm(
     if groups == 0 || channels % groups != 0 {
         bail!("group_norm: {channels} channels cannot be split into {groups} groups");
     }
-    if gamma.dims() != [*channels] || beta.dims() != [*channels] {
+    let per_item = gamma.dims() == [*batch, *channels];
+    if gamma.dims() != beta.dims() || !(per_item || gamma.dims() == [*channels]) {
         let (gamma, beta) = (gamma.dims(), beta.dims());
-        bail!("group_norm: scale {gamma:?} and shift {beta:?}, expected [{channels}]");
+        bail!(
+            "group_norm: scale {gamma:?} and shift {beta:?}, expected both [{channels}] or both \
+             [{batch}, {channels}]"
+        );
     }
     if half_on_cpu(x) {
         let wide = |t: &Tensor| t.to_dtype(DType::F32);
-        return group_norm(&wide(x)?, &wide(gamma)?, &wide(beta)?, groups, eps)?
+        let (gamma, beta) = (wide(gamma)?, wide(beta)?);
+        return group_norm_act(&wide(x)?, &gamma, &beta, groups, eps, activation)?
             .to_dtype(x.dtype());
     }
-    let inner = rest.iter().product();
     let op = Norm {
         batch: *batch,
         channels: *channels,
         groups,
-        inner,
+        inner: rest.iter().product(),
         eps,
+        per_item,
+        activation,
     };
     if native(x) {
         x.contiguous()?
@@ -59,49 +97,106 @@ pub fn group_norm(
     }
 }
 
-/// Sizes of a normalisation; layer normalisation is the case of one group and `inner = 1`.
+/// Group normalisation with a scale and a shift for each batch element, as residual blocks apply
+/// a time embedding (Dhariwal and Nichol 2021, section 3, adaptive group normalisation).
+///
+/// ```text
+/// y = a((γ_c (x − μ)/√(σ² + ε) + β_c) (1 + s_bc) + t_bc)
+/// ```
+///
+/// # Shapes
+/// `x [B, C, ...]`, `gamma [C]`, `beta [C]`, `scale [B, C]` (`s`), `shift [B, C]` (`t`); the
+/// result has the shape of `x`.
+///
+/// # Errors
+/// Those of [`group_norm`], and if `scale` or `shift` has another shape.
+pub fn group_norm_scale_shift(
+    x: &Tensor,
+    gamma: &Tensor,
+    beta: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    groups: usize,
+    eps: f64,
+    activation: Option<Activation>,
+) -> Result<Tensor> {
+    let expected = x.dims().get(..2).unwrap_or_default();
+    if scale.dims() != expected || shift.dims() != expected {
+        let (scale, shift) = (scale.dims(), shift.dims());
+        bail!(
+            "group_norm: scale {scale:?} and shift {shift:?} of the batch, expected {expected:?}"
+        );
+    }
+    if half_on_cpu(x) {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        let (x_wide, gamma, beta) = (wide(x)?, wide(gamma)?, wide(beta)?);
+        let (scale, shift) = (wide(scale)?, wide(shift)?);
+        return group_norm_scale_shift(
+            &x_wide, &gamma, &beta, &scale, &shift, groups, eps, activation,
+        )?
+        .to_dtype(x.dtype());
+    }
+    let factor = (scale + 1.0)?;
+    let gamma = factor.broadcast_mul(gamma)?;
+    let beta = (factor.broadcast_mul(beta)? + shift)?;
+    group_norm_act(x, &gamma, &beta, groups, eps, activation)
+}
+
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Norm {
-    pub batch: usize,
-    pub channels: usize,
-    pub groups: usize,
-    pub inner: usize,
-    pub eps: f64,
+struct Norm {
+    batch: usize,
+    channels: usize,
+    groups: usize,
+    inner: usize,
+    eps: f64,
+    /// Whether scale and shift are `[B, C]` rather than `[C]`.
+    per_item: bool,
+    activation: Option<Activation>,
 }
 
 impl Norm {
-    /// Elements of one group.
-    fn group(&self) -> usize {
-        self.channels / self.groups * self.inner
+    /// Channels of one group.
+    fn width(&self) -> usize {
+        self.channels / self.groups
     }
 
-    /// The channels of the group with number `k` among all groups of all batch elements.
+    /// Elements of one group.
+    fn group(&self) -> usize {
+        self.width() * self.inner
+    }
+
+    /// The parameters of the group with number `k` among all groups of all batch elements.
     fn params<'a, T>(&self, k: usize, values: &'a [T]) -> &'a [T] {
-        let width = self.channels / self.groups;
-        &values[k % self.groups * width..][..width]
+        let k = if self.per_item { k } else { k % self.groups };
+        &values[k * self.width()..][..self.width()]
     }
 
     /// The same function from the tensor library's differentiable operations.
-    pub(crate) fn composed(&self, x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
+    fn composed(&self, x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
         let grouped = x.reshape((self.batch * self.groups, self.group()))?;
         let centred = grouped.broadcast_sub(&grouped.mean_keepdim(1)?)?;
         let std = (centred.sqr()?.mean_keepdim(1)? + self.eps)?.sqrt()?;
         let normed = centred.broadcast_div(&std)?;
-        let params = (1, self.channels, 1);
-        normed
+        let params = (if self.per_item { self.batch } else { 1 }, self.channels, 1);
+        let y = normed
             .reshape((self.batch, self.channels, self.inner))?
             .broadcast_mul(&gamma.reshape(params)?)?
             .broadcast_add(&beta.reshape(params)?)?
-            .reshape(x.shape())
+            .reshape(x.shape())?;
+        match self.activation {
+            Some(activation) => activation.apply(&y),
+            None => Ok(y),
+        }
     }
 }
 
 /// Mean and reciprocal standard deviation, in two passes so that a large mean costs no digits.
-fn moments<T: Real>(x: &[T], eps: f64) -> (T, T) {
+#[inline(always)]
+fn moments<S: Simd, T: Real>(x: &[T], eps: f64) -> (T, T) {
     let n = x.len() as f64;
-    let mean = T::from_f64(sum1(x, |v| v).to_f64() / n);
-    let variance = sum1(x, |v| (v - mean) * (v - mean)).to_f64() / n;
-    (mean, T::from_f64(1.0 / (variance + eps).sqrt()))
+    let mean = real::<T>(sum::<S, T>(x).to_f64() / n);
+    let variance = squared_deviations::<S, T>(x, mean).to_f64() / n;
+    (mean, real(1.0 / (variance + eps).sqrt()))
 }
 
 impl CustomOp3 for Norm {
@@ -122,7 +217,7 @@ impl CustomOp3 for Norm {
             let x = slice::<T>(s1, l1, self.name())?;
             let gamma = slice::<T>(s2, l2, self.name())?;
             let beta = slice::<T>(s3, l3, self.name())?;
-            filled::<T>(x.len(), |out| forward(self, x, gamma, beta, out))
+            by_activation!(self.activation, F => forward::<F, T>(self, x, gamma, beta))
         });
         Ok((out, l1.shape().clone()))
     }
@@ -135,254 +230,213 @@ impl CustomOp3 for Norm {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (x_value, grad) = (x.detach(), grad.detach().contiguous()?);
-        let grad_x = if x.track_op() {
-            Some(x_value.apply_op3_no_bwd(&gamma.detach(), &grad, &InputGradient(*self))?)
-        } else {
-            None
+        let grad = grad.detach().contiguous()?;
+        let (s1, l1) = x.storage_and_layout();
+        let (s2, l2) = gamma.storage_and_layout();
+        let (s3, l3) = beta.storage_and_layout();
+        let (s4, l4) = grad.storage_and_layout();
+        let (Storage::Cpu(s1), Storage::Cpu(s2), Storage::Cpu(s3), Storage::Cpu(s4)) =
+            (&*s1, &*s2, &*s3, &*s4)
+        else {
+            bail!("{}: the CPU kernel takes tensors on the CPU", self.name())
         };
-        if !gamma.track_op() && !beta.track_op() {
-            return Ok((grad_x, None, None));
-        }
-        let both = x_value.apply_op2_no_bwd(&grad, &ParameterGradient(*self))?;
-        Ok((grad_x, Some(both.get(0)?), Some(both.get(1)?)))
-    }
-}
-
-fn forward<T: Real>(norm: &Norm, x: &[T], gamma: &[T], beta: &[T], out: &mut [T]) {
-    let (group, inner) = (norm.group().max(1), norm.inner.max(1));
-    out.par_chunks_mut(group)
-        .with_min_len(worth(group))
-        .zip(x.par_chunks(group))
-        .enumerate()
-        .for_each(|(k, (out, x))| {
-            let (mean, rstd) = moments(x, norm.eps);
-            let (gamma, beta) = (norm.params(k, gamma), norm.params(k, beta));
-            if inner == 1 {
-                for c in 0..x.len() {
-                    out[c] = (x[c] - mean) * rstd * gamma[c] + beta[c];
-                }
-                return;
+        let cpu = Device::Cpu;
+        let [grad_x, grad_gamma, grad_beta] = by_float!(s1, self.name(), T => {
+            let inputs = Inputs {
+                x: slice::<T>(s1, l1, self.name())?,
+                gamma: slice::<T>(s2, l2, self.name())?,
+                beta: slice::<T>(s3, l3, self.name())?,
+                grad: slice::<T>(s4, l4, self.name())?,
+            };
+            let [dx, mut dgamma, mut dbeta] =
+                by_activation!(self.activation, F => backward::<F, T>(self, &inputs));
+            if !self.per_item {
+                [dgamma, dbeta] = [dgamma, dbeta].map(|d| sum_over_batch(&d, self.channels));
             }
-            let lines = out.chunks_exact_mut(inner).zip(x.chunks_exact(inner));
-            for (c, (out, x)) in lines.enumerate() {
-                let scale = rstd * gamma[c];
-                for (o, v) in out.iter_mut().zip(x) {
-                    *o = (*v - mean) * scale + beta[c];
-                }
-            }
+            [
+                Tensor::from_vec(dx, x.shape(), &cpu)?,
+                Tensor::from_vec(dgamma, gamma.shape(), &cpu)?,
+                Tensor::from_vec(dbeta, beta.shape(), &cpu)?,
+            ]
         });
-}
-
-/// With x̂ = (x − μ)/s and h = γ g: ∂L/∂x = (h − mean(h) − x̂ mean(h x̂))/s.
-struct InputGradient(Norm);
-
-impl CustomOp3 for InputGradient {
-    fn name(&self) -> &'static str {
-        "group_norm_input_gradient"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let out = by_float!(s1, self.name(), T => {
-            let x = slice::<T>(s1, l1, self.name())?;
-            let gamma = slice::<T>(s2, l2, self.name())?;
-            let grad = slice::<T>(s3, l3, self.name())?;
-            filled::<T>(x.len(), |out| input_gradient(&self.0, x, gamma, grad, out))
-        });
-        Ok((out, l1.shape().clone()))
-    }
-}
-
-fn input_gradient<T: Real>(norm: &Norm, x: &[T], gamma: &[T], grad: &[T], out: &mut [T]) {
-    let (group, inner) = (norm.group().max(1), norm.inner.max(1));
-    let inputs = x.par_chunks(group).zip(grad.par_chunks(group));
-    out.par_chunks_mut(group)
-        .with_min_len(worth(group))
-        .zip(inputs)
-        .enumerate()
-        .for_each(|(k, (out, (x, grad)))| {
-            let (mean, rstd) = moments(x, norm.eps);
-            let gamma = norm.params(k, gamma);
-            // `out` holds h while its two means are taken.
-            for (c, (out, grad)) in out.chunks_mut(inner).zip(grad.chunks(inner)).enumerate() {
-                for (o, g) in out.iter_mut().zip(grad) {
-                    *o = *g * gamma[c];
-                }
+        let hand_over = |arg: &Tensor, grad: Tensor| {
+            if wanted(arg) {
+                deliver(arg, grad)
+            } else {
+                Ok(None)
             }
-            let n = x.len() as f64;
-            let mean_h = T::from_f64(sum1(out, |h| h).to_f64() / n);
-            let dot = sum2(out, x, |h, v| h * (v - mean)).to_f64() / n;
-            let slope = T::from_f64(dot * rstd.to_f64() * rstd.to_f64());
+        };
+        Ok((
+            hand_over(x, grad_x)?,
+            hand_over(gamma, grad_gamma)?,
+            hand_over(beta, grad_beta)?,
+        ))
+    }
+}
+
+fn forward<F: Function, T: Real>(norm: &Norm, x: &[T], gamma: &[T], beta: &[T]) -> CpuStorage {
+    let group = norm.group().max(1);
+    let fill = |out: &mut [T]| {
+        out.par_chunks_mut(group)
+            .with_min_len(worth(group))
+            .zip(x.par_chunks(group))
+            .enumerate()
+            .for_each(|(k, (out, x))| {
+                dispatch(Forward {
+                    x,
+                    gamma: norm.params(k, gamma),
+                    beta: norm.params(k, beta),
+                    inner: norm.inner,
+                    eps: norm.eps,
+                    out,
+                    function: PhantomData::<F>,
+                });
+            });
+    };
+    // SAFETY: the groups cover the output, and the kernel writes each line of a group.
+    unsafe { written(x.len(), fill) }
+}
+
+struct Forward<'a, F, T> {
+    x: &'a [T],
+    gamma: &'a [T],
+    beta: &'a [T],
+    inner: usize,
+    eps: f64,
+    out: &'a mut [T],
+    function: PhantomData<F>,
+}
+
+impl<F: Function, T: Real> Kernel for Forward<'_, F, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let (mean, rstd) = moments::<S, T>(self.x, self.eps);
+        let lines = self.x.chunks_exact(self.inner);
+        let lines = lines.zip(self.out.chunks_exact_mut(self.inner));
+        for ((x, out), (gamma, beta)) in lines.zip(self.gamma.iter().zip(self.beta)) {
+            let (scale, shift) = (rstd * *gamma, *beta);
             for (o, v) in out.iter_mut().zip(x) {
-                *o = (*o - mean_h - (*v - mean) * slope) * rstd;
-            }
-        });
-}
-
-/// `[2, C]`: ∂L/∂γ = Σ g x̂ and ∂L/∂β = Σ g over batch and positions.
-struct ParameterGradient(Norm);
-
-impl CustomOp2 for ParameterGradient {
-    fn name(&self) -> &'static str {
-        "group_norm_parameter_gradient"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let out = by_float!(s1, self.name(), T => {
-            let x = slice::<T>(s1, l1, self.name())?;
-            let grad = slice::<T>(s2, l2, self.name())?;
-            filled::<T>(2 * self.0.channels, |out| parameter_gradient(&self.0, x, grad, out))
-        });
-        Ok((out, Shape::from((2, self.0.channels))))
-    }
-}
-
-fn parameter_gradient<T: Real>(norm: &Norm, x: &[T], grad: &[T], out: &mut [T]) {
-    let (group, inner) = (norm.group(), norm.inner);
-    let width = norm.channels / norm.groups;
-    if group == 0 {
-        return;
-    }
-    let (gammas, betas) = out.split_at_mut(norm.channels);
-    let outs = gammas
-        .par_chunks_mut(width)
-        .with_min_len(worth(group * norm.batch))
-        .zip(betas.par_chunks_mut(width));
-    // One task a group: each sum runs over the batch in order, whatever the number of threads.
-    outs.enumerate().for_each(|(k, (gammas, betas))| {
-        for b in 0..norm.batch {
-            let at = (b * norm.groups + k) * group;
-            let (x, grad) = (&x[at..][..group], &grad[at..][..group]);
-            let (mean, rstd) = moments(x, norm.eps);
-            if inner == 1 {
-                for c in 0..width {
-                    gammas[c] += grad[c] * (x[c] - mean) * rstd;
-                    betas[c] += grad[c];
-                }
-                continue;
-            }
-            let lines = x.chunks_exact(inner).zip(grad.chunks_exact(inner));
-            for (c, (x, grad)) in lines.enumerate() {
-                gammas[c] += sum2(grad, x, |g, v| g * (v - mean)) * rstd;
-                betas[c] += sum1(grad, |g| g);
+                *o = F::value::<S, T>(S::mul_add(*v - mean, scale, shift));
             }
         }
-    });
+    }
+}
+
+struct Inputs<'a, T> {
+    x: &'a [T],
+    gamma: &'a [T],
+    beta: &'a [T],
+    grad: &'a [T],
+}
+
+/// The gradients of x, and of γ and β for each batch element, `[B, C]`.
+fn backward<F: Function, T: Real>(norm: &Norm, inputs: &Inputs<'_, T>) -> [Vec<T>; 3] {
+    let (group, width) = (norm.group().max(1), norm.width().max(1));
+    let params = norm.batch * norm.channels;
+    let mut dx = Vec::new();
+    let mut dgamma = vec![real::<T>(0.0); params];
+    let mut dbeta = vec![real::<T>(0.0); params];
+    let fill = |dx: &mut [T]| {
+        let outs = dx.par_chunks_mut(group).zip(
+            dgamma
+                .par_chunks_mut(width)
+                .zip(dbeta.par_chunks_mut(width)),
+        );
+        let data = inputs
+            .x
+            .par_chunks(group)
+            .zip(inputs.grad.par_chunks(group));
+        outs.with_min_len(worth(group))
+            .zip(data)
+            .enumerate()
+            .for_each(|(k, ((dx, (dgamma, dbeta)), (x, grad)))| {
+                dispatch(Backward {
+                    x,
+                    grad,
+                    gamma: norm.params(k, inputs.gamma),
+                    beta: norm.params(k, inputs.beta),
+                    inner: norm.inner,
+                    eps: norm.eps,
+                    dx,
+                    dgamma,
+                    dbeta,
+                    function: PhantomData::<F>,
+                });
+            });
+    };
+    assert_eq!(inputs.x.len(), inputs.grad.len());
+    if !inputs.x.is_empty() {
+        // SAFETY: the groups cover x, and the kernel writes each line of a group before it reads.
+        dx = unsafe { crate::cpu::buffer(inputs.x.len(), fill) };
+    }
+    [dx, dgamma, dbeta]
+}
+
+/// With z = γ x̂ + β, x̂ = (x − μ) r, h = g a′(z) and n elements of the group:
+/// dβ = Σ h and dγ = Σ h x̂ over a channel, and
+/// dx = r (γ h − Σ γ dβ/n − x̂ Σ γ dγ/n).
+struct Backward<'a, F, T> {
+    x: &'a [T],
+    grad: &'a [T],
+    gamma: &'a [T],
+    beta: &'a [T],
+    inner: usize,
+    eps: f64,
+    dx: &'a mut [T],
+    dgamma: &'a mut [T],
+    dbeta: &'a mut [T],
+    function: PhantomData<F>,
+}
+
+impl<F: Function, T: Real> Kernel for Backward<'_, F, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let (mean, rstd) = moments::<S, T>(self.x, self.eps);
+        let inner = self.inner;
+        let (mut of_beta, mut of_gamma) = (0.0, 0.0);
+        for c in 0..self.gamma.len() {
+            let (x, grad) = (
+                &self.x[c * inner..][..inner],
+                &self.grad[c * inner..][..inner],
+            );
+            let h = &mut self.dx[c * inner..][..inner];
+            let (scale, shift) = (rstd * self.gamma[c], self.beta[c]);
+            for ((h, v), g) in h.iter_mut().zip(x).zip(grad) {
+                *h = *g * F::slope::<S, T>(S::mul_add(*v - mean, scale, shift));
+            }
+            let [total, dot] = sum_and_moment::<S, T>(h, x, mean);
+            let dot = dot * rstd;
+            (self.dbeta[c], self.dgamma[c]) = (total, dot);
+            of_beta += (total * self.gamma[c]).to_f64();
+            of_gamma += (dot * self.gamma[c]).to_f64();
+        }
+        let n = self.x.len() as f64;
+        let offset = real::<T>(-of_beta / n) * rstd;
+        let slope = real::<T>(-of_gamma / n) * rstd * rstd;
+        for c in 0..self.gamma.len() {
+            let (x, h) = (
+                &self.x[c * inner..][..inner],
+                &mut self.dx[c * inner..][..inner],
+            );
+            let scale = rstd * self.gamma[c];
+            for (h, v) in h.iter_mut().zip(x) {
+                *h = S::mul_add(*h, scale, S::mul_add(*v - mean, slope, offset));
+            }
+        }
+    }
+}
+
+/// Σ over the rows of `[B, C]`, in order.
+fn sum_over_batch<T: Real>(values: &[T], channels: usize) -> Vec<T> {
+    let mut out = vec![real::<T>(0.0); channels];
+    for row in values.chunks_exact(channels.max(1)) {
+        out.iter_mut().zip(row).for_each(|(o, v)| *o += *v);
+    }
+    out
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::gradcheck::{max_abs_difference, max_relative_error, normal};
-
-    fn inputs(b: usize, c: usize, rest: &[usize]) -> Result<[Tensor; 3]> {
-        let shape = [&[b, c], rest].concat();
-        Ok([
-            ((normal(1, shape)? * 2.0)? + 3.0)?,
-            normal(2, c)?,
-            normal(3, c)?,
-        ])
-    }
-
-    #[test]
-    fn kernel_composition_and_finite_differences_agree() -> Result<()> {
-        for (b, c, groups, rest) in [
-            (2, 6, 3, vec![3, 5]),
-            (3, 4, 4, vec![7]),
-            (2, 8, 1, vec![]),
-            (1, 4, 2, vec![1, 19]),
-        ] {
-            let data = inputs(b, c, &rest)?;
-            let norm = Norm {
-                batch: b,
-                channels: c,
-                groups,
-                inner: rest.iter().product(),
-                eps: 1e-5,
-            };
-            let run = |t: &[Tensor]| group_norm(&t[0], &t[1], &t[2], groups, 1e-5);
-            let oracle = |t: &[Tensor]| norm.composed(&t[0], &t[1], &t[2]);
-            let gap = max_abs_difference(&run(&data)?, &oracle(&data)?)?;
-            assert!(gap < 1e-12, "{gap:e}");
-            let e = max_relative_error(run, &data)?;
-            assert!(e < 1e-6, "{b} {c} {groups} {rest:?}: {e:e}");
-            let e = max_relative_error(oracle, &data)?;
-            assert!(e < 1e-6, "composition: {e:e}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_large_mean_costs_no_digits() -> Result<()> {
-        let x = normal(1, (2, 4, 50))?;
-        let (one, zero) = (
-            x.ones_like()?.narrow(0, 0, 1)?,
-            x.zeros_like()?.narrow(0, 0, 1)?,
-        );
-        let (gamma, beta) = (one.get(0)?.narrow(1, 0, 1)?, zero.get(0)?.narrow(1, 0, 1)?);
-        let param = |t: &Tensor| t.squeeze(1)?.to_dtype(DType::F32);
-        let shifted = ((&x * 0.5)? + 4096.0)?.to_dtype(DType::F32)?;
-        let exact = group_norm(
-            &shifted.to_dtype(DType::F64)?,
-            &gamma.squeeze(1)?,
-            &beta.squeeze(1)?,
-            2,
-            1e-5,
-        )?;
-        let ours = group_norm(&shifted, &param(&gamma)?, &param(&beta)?, 2, 1e-5)?;
-        let gap = max_abs_difference(&exact, &ours)?;
-        assert!(gap < 2e-3, "{gap:e}");
-        Ok(())
-    }
-
-    #[test]
-    fn bits_do_not_depend_on_threads() -> Result<()> {
-        let data = inputs(5, 12, &[9, 7])?;
-        let run = |threads: usize| -> Result<Vec<Vec<f32>>> {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-            pool.map_err(candle_core::Error::wrap)?.install(|| {
-                let vars: Vec<candle_core::Var> = data
-                    .iter()
-                    .map(|t| candle_core::Var::from_tensor(&t.to_dtype(DType::F32)?))
-                    .collect::<Result<_>>()?;
-                let y = group_norm(&vars[0], &vars[1], &vars[2], 3, 1e-5)?;
-                let grads = (y.sqr()? * &y)?.sum_all()?.backward()?;
-                let mut all = vec![y.flatten_all()?.to_vec1::<f32>()?];
-                for v in &vars {
-                    all.push(grads.get(v).unwrap().flatten_all()?.to_vec1::<f32>()?);
-                }
-                Ok(all)
-            })
-        };
-        assert_eq!(run(1)?, run(2)?);
-        Ok(())
-    }
-
-    #[test]
-    fn bad_shapes_are_errors() -> Result<()> {
-        let [x, gamma, beta] = inputs(1, 6, &[2])?;
-        let error = group_norm(&x, &gamma, &beta, 4, 1e-5)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("6 channels cannot be split into 4 groups"),
-            "{error}"
-        );
-        assert!(group_norm(&x, &gamma.narrow(0, 0, 3)?, &beta, 3, 1e-5).is_err());
-        Ok(())
-    }
-}
+#[path = "group_norm_tests.rs"]
+mod tests;

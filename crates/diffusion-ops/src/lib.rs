@@ -16,18 +16,24 @@
 mod activation;
 mod attention;
 mod bias;
+mod combine;
 mod conv;
 mod cpu;
 mod dropout;
 mod embedding;
 mod gradient;
+mod gate;
 mod group_norm;
 mod layer_norm;
 mod linear;
 mod mm;
+mod optimiser;
+mod recompute;
 mod resample;
+mod rms_norm;
 mod simd;
 mod softmax;
+mod vmath;
 
 pub mod gradcheck;
 pub mod init;
@@ -36,19 +42,28 @@ pub mod rng;
 // Matrix products come from here by way of candle; naming the crate turns its AVX-512 kernels on.
 use gemm as _;
 
-pub use activation::{gelu, mish, relu, silu};
-pub use attention::attention;
+pub use activation::{Activation, gelu, gelu_tanh, mish, relu, silu};
+pub use attention::{attention, attention_heads};
 pub use bias::add_bias;
+pub use combine::{combine, combine_each};
 pub use conv::{
     Padding, WINOGRAD_VARIABLE, Winograd, conv_transpose1d, conv_transpose2d, conv1d, conv2d, set_winograd,
     winograd,
 };
 pub use dropout::dropout;
 pub use embedding::timestep_embedding;
-pub use group_norm::group_norm;
+pub use gate::gated_tanh;
+pub use gradient::backward;
+pub use group_norm::{group_norm, group_norm_act, group_norm_scale_shift};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use optimiser::{
+    AdamWParameter, AdamWRates, adamw_step, ema_step, first_not_finite, sum_of_squares,
+    updates_in_place,
+};
+pub use recompute::{Part, checkpointed};
 pub use resample::{avg_pool2d, fir_resample2d, upsample_nearest2d};
+pub use rms_norm::rms_norm;
 pub use simd::{LEVEL_VARIABLE, Level, level, set_level};
 pub use softmax::softmax;
 

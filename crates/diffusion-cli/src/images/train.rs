@@ -43,6 +43,10 @@ pub struct Train {
     /// Ignore labels: learn one distribution over all images.
     #[arg(long, conflicts_with = "resume")]
     unconditional: bool,
+    /// Need less memory and about a third more time: activations inside residual blocks are not
+    /// kept for the backward pass but computed again.
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// Resize images of a folder to this many pixels, square.
     #[arg(long)]
     size: Option<u32>,
@@ -75,6 +79,7 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     if args.minutes.is_some() {
         config.train.max_minutes = args.minutes;
     }
+    config.gradient_checkpointing |= args.gradient_checkpointing;
     config.check()?;
     let Some(out) = args.out.as_ref().filter(|_| !args.print_config) else {
         print!("{}", config.to_toml()?);

@@ -36,7 +36,7 @@ mod store;
 mod tensors;
 
 pub use atomic::{write_atomic, write_safetensors_atomic};
-pub(crate) use encode::on_cpu;
+
 pub use encode::{Encoder, is_finite};
 pub use lock::{RunGuard, RunLock};
 pub use storage::{DiskStorage, Storage};

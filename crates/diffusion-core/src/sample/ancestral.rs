@@ -6,6 +6,7 @@ use crate::forward::{posterior, transition};
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
 use candle_core::Tensor;
+use diffusion_ops::combine;
 use serde::{Deserialize, Serialize};
 
 /// The variance of the reverse step.
@@ -58,10 +59,10 @@ impl Step for Ancestral {
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
         let p = posterior(from, to);
-        let mean = lincomb(p.x, x, p.x0, &said.x0(x, At::All(*from))?)?;
+        let x0 = said.x0(x, At::All(*from))?;
         let into_data = to.sigma == 0.0;
         if into_data && !(self.noise_into_data && from.t > 0.0) {
-            return Ok(mean);
+            return lincomb(p.x, x, p.x0, &x0);
         }
         let beta = transition(to, from).variance;
         let small = p.variance.max(1e-20);
@@ -81,10 +82,12 @@ impl Step for Ancestral {
                 let (high, low) = (beta.ln(), small.ln());
                 // ½ of the log-variance, to get the deviation.
                 let std = v.affine(0.25 * (high - low), 0.25 * (high + low))?.exp()?;
+                let mean = lincomb(p.x, x, p.x0, &x0)?;
                 return Ok((mean + (std * ctx.noise.normal(x)?)?)?);
             }
         };
-        lincomb(1.0, &mean, variance.sqrt(), &ctx.noise.normal(x)?)
+        let z = ctx.noise.normal(x)?;
+        Ok(combine(&[(p.x, x), (p.x0, &x0), (variance.sqrt(), &z)])?)
     }
 }
 

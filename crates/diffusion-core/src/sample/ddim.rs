@@ -6,6 +6,7 @@ use crate::forward::posterior;
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
 use candle_core::Tensor;
+use diffusion_ops::combine;
 use serde::{Deserialize, Serialize};
 
 /// Which noise the deterministic part points along.
@@ -64,10 +65,14 @@ impl Step for Ddim {
         };
         let variance = self.eta.powi(2) * posterior(from, to).variance;
         let along = (to.sigma.powi(2) - variance).max(0.0).sqrt();
-        let mean = lincomb(to.alpha, &x0, along, &epsilon)?;
         if variance == 0.0 {
-            return Ok(mean);
+            return lincomb(to.alpha, &x0, along, &epsilon);
         }
-        lincomb(1.0, &mean, variance.sqrt(), &ctx.noise.normal(x)?)
+        let z = ctx.noise.normal(x)?;
+        Ok(combine(&[
+            (to.alpha, &x0),
+            (along, &epsilon),
+            (variance.sqrt(), &z),
+        ])?)
     }
 }

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
 use candle_core::Tensor;
+use diffusion_ops::combine;
 use serde::{Deserialize, Serialize};
 
 /// Whether the last step falls back to order 1.
@@ -75,14 +76,19 @@ impl Step for DpmSolverPp {
             LowerFinal::Always => true,
         };
         let first_order = !self.multistep || to.sigma == 0.0 || (last && lower);
-        let update = match &memory.0 {
+        let (keep, step) = (to.sigma / from.sigma, -to.alpha * (-h).exp_m1());
+        let next = match &memory.0 {
             Some((previous, h_previous)) if !first_order => {
                 let weight = 0.5 * h / h_previous;
-                lincomb(1.0 + weight, &x0, -weight, previous)?
+                combine(&[
+                    (keep, x),
+                    (step * (1.0 + weight), &x0),
+                    (-step * weight, previous),
+                ])?
             }
-            _ => x0.clone(),
+            _ => lincomb(keep, x, step, &x0)?,
         };
         memory.0 = Some((x0, h));
-        lincomb(to.sigma / from.sigma, x, -to.alpha * (-h).exp_m1(), &update)
+        Ok(next)
     }
 }

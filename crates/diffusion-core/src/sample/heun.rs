@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
 use candle_core::Tensor;
+use diffusion_ops::combine;
 use serde::{Deserialize, Serialize};
 
 /// Heun in `x̂ = x/α` over `σ̂ = σ/α`.
@@ -51,12 +52,11 @@ impl Step for Heun {
         let there = ctx
             .denoise(&euler, to)?
             .epsilon_of_x0(&euler, At::All(*to))?;
-        let mean_slope = lincomb(0.5, &slope, 0.5, &there)?;
-        lincomb(
-            to.alpha / from.alpha,
-            &x,
-            to.sigma - to.alpha * from.sigma_hat(),
-            &mean_slope,
-        )
+        let half = 0.5 * (to.sigma - to.alpha * from.sigma_hat());
+        Ok(combine(&[
+            (to.alpha / from.alpha, &x),
+            (half, &slope),
+            (half, &there),
+        ])?)
     }
 }

@@ -1,11 +1,11 @@
 //! The moving average of the weights, which is what one samples with.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Tensor, Var};
+use diffusion_ops::{ema_step, updates_in_place};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{Pull, in_place};
 use crate::error::{Error, Report, Result};
 
 /// How fast the average follows; as the `EMAModel` of diffusers.
@@ -186,20 +186,17 @@ impl Ema {
     ///
     /// Those of the device.
     pub fn update(&mut self, params: &BTreeMap<String, Var>) -> Result<()> {
+        self.begin().finish(params)
+    }
+
+    /// Starts an update, part of which the optimiser may make.
+    pub(super) fn begin(&mut self) -> Pull<'_> {
         self.count += 1;
-        let pull = 1.0 - self.rule.decay(self.count);
-        for (name, var) in params {
-            let Some(shadow) = self.shadow.get_mut(name) else {
-                continue;
-            };
-            if in_place(shadow) && in_place(var) {
-                shadow.inplace_op2(var.as_tensor(), &Pull(pull))?;
-            } else {
-                let gap = (&*shadow - var.as_tensor().detach())?;
-                *shadow = (&*shadow - (gap * pull)?)?.detach();
-            }
+        Pull {
+            pull: 1.0 - self.rule.decay(self.count),
+            shadow: &mut self.shadow,
+            taken: BTreeSet::new(),
         }
-        Ok(())
     }
 
     /// Updates done.
@@ -236,6 +233,45 @@ impl Ema {
         self.shadow = shadow;
         self.count = count;
         Ok(())
+    }
+}
+
+/// One update of an [`Ema`] under way.
+pub(super) struct Pull<'a> {
+    pull: f64,
+    shadow: &'a mut BTreeMap<String, Tensor>,
+    /// What the optimiser has updated.
+    taken: BTreeSet<String>,
+}
+
+impl Pull<'_> {
+    /// `1 − decay`.
+    pub fn pull(&self) -> f64 {
+        self.pull
+    }
+
+    /// The average of a parameter, for whoever updates it in its place.
+    pub fn take(&mut self, name: &str) -> Option<Tensor> {
+        let shadow = self.shadow.get(name).filter(|s| updates_in_place(s))?;
+        self.taken.insert(name.to_string());
+        Some(shadow.clone())
+    }
+
+    /// Updates what has not been taken.
+    pub fn finish(self, params: &BTreeMap<String, Var>) -> Result<()> {
+        let mut pairs = Vec::new();
+        for (name, shadow) in self.shadow.iter_mut() {
+            let Some(var) = params.get(name).filter(|_| !self.taken.contains(name)) else {
+                continue;
+            };
+            if updates_in_place(shadow) && updates_in_place(var) {
+                pairs.push((&*shadow, var.as_tensor()));
+            } else {
+                let gap = (&*shadow - var.as_tensor().detach())?;
+                *shadow = (&*shadow - (gap * self.pull)?)?.detach();
+            }
+        }
+        Ok(ema_step(&pairs, self.pull)?)
     }
 }
 

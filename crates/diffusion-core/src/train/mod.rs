@@ -60,7 +60,6 @@ mod config;
 mod ema;
 mod event;
 mod guard;
-mod kernel;
 mod lr;
 mod metrics;
 mod objective;

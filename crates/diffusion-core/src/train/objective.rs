@@ -41,6 +41,12 @@ pub trait Objective {
         Ok(())
     }
 
+    /// Whether [`Objective::after_step`] may write to parameters. Without that (and with one phase)
+    /// the moving average is taken in the same pass over memory as the update, to the same effect.
+    fn writes_parameters(&self) -> bool {
+        true
+    }
+
     /// What a message about a failed step should say beside the items, such as the range of times.
     fn describe(&self, phase: usize, ctx: &StepCtx) -> Option<String> {
         let _ = (phase, ctx);

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
+use diffusion_ops::{
+    AdamWParameter, AdamWRates, adamw_step, first_not_finite, sum_of_squares, updates_in_place,
+};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{Blend, Descend, in_place, sum_of_squares};
+use super::ema::Pull;
 use crate::error::{Report, Result};
 
 /// The constants of AdamW.
@@ -84,11 +87,8 @@ impl Grads {
     ///
     /// Those of a copy from a device.
     pub fn norm(&self) -> Result<f64> {
-        let mut sum = 0.0;
-        for grad in self.0.values() {
-            sum += sum_of_squares(grad)?;
-        }
-        Ok(sum.sqrt())
+        let grads: Vec<&Tensor> = self.0.values().collect();
+        Ok(sum_of_squares(&grads)?.sqrt())
     }
 }
 
@@ -136,7 +136,21 @@ impl AdamW {
         lr: f64,
         scale: f64,
     ) -> Result<()> {
-        for (name, grad) in grads.iter() {
+        self.update_with(params, grads, lr, scale, None)?;
+        Ok(())
+    }
+
+    /// [`AdamW::update`], which takes the moving average of these parameters along in the same pass
+    /// over memory; returns the first parameter that is not finite afterwards.
+    pub(super) fn update_with<'a>(
+        &mut self,
+        params: &'a BTreeMap<String, Var>,
+        grads: &Grads,
+        lr: f64,
+        scale: f64,
+        mut average: Option<&mut Pull<'_>>,
+    ) -> Result<Option<&'a String>> {
+        for (name, _) in grads.iter() {
             let Some(var) = params.get(name) else {
                 continue;
             };
@@ -145,12 +159,40 @@ impl AdamW {
                 let v = m.zeros_like()?;
                 self.slots.insert(name.clone(), Slot { updates: 0, m, v });
             }
-            if let Some(slot) = self.slots.get_mut(name) {
-                slot.updates += 1;
-                slot.update(&self.config, var, grad, lr, scale)?;
+        }
+        let pull = average.as_ref().map_or(0.0, |a| a.pull());
+        let mut together = Vec::new();
+        let mut bad: Option<&String> = None;
+        for (name, slot) in &mut self.slots {
+            let (Some((name, var)), Some(grad)) = (params.get_key_value(name), grads.0.get(name))
+            else {
+                continue;
+            };
+            slot.updates += 1;
+            let rates = self.config.rates(slot.updates, lr);
+            if updates_in_place(var) && updates_in_place(grad) && grad.dtype() == var.dtype() {
+                let average = average.as_mut().and_then(|a| a.take(name));
+                together.push((name, var, grad, &*slot, average, rates));
+                continue;
+            }
+            slot.update(&rates, var, grad, scale)?;
+            if bad.is_none() && first_not_finite(&[var.as_tensor()])?.is_some() {
+                bad = Some(name);
             }
         }
-        Ok(())
+        let parameters: Vec<AdamWParameter<'_>> = together
+            .iter()
+            .map(|(_, var, grad, slot, average, rates)| AdamWParameter {
+                value: var.as_tensor(),
+                grad,
+                m: &slot.m,
+                v: &slot.v,
+                average: average.as_ref(),
+                rates: *rates,
+            })
+            .collect();
+        let worst = adamw_step(&parameters, scale, pull)?.map(|i| together[i].0);
+        Ok(worst.into_iter().chain(bad).min())
     }
 
     /// First and second moments and the number of updates, by parameter name. The tensors are the
@@ -247,50 +289,32 @@ fn moment_type(dtype: DType) -> DType {
     }
 }
 
-impl Slot {
-    fn update(
-        &mut self,
-        c: &AdamWConfig,
-        var: &Var,
-        grad: &Tensor,
-        lr: f64,
-        scale: f64,
-    ) -> Result<()> {
-        let t = self.updates as f64;
+impl AdamWConfig {
+    /// The numbers of a parameter's `updates`-th update.
+    fn rates(&self, updates: u64, lr: f64) -> AdamWRates {
+        let t = updates as f64;
         // Not `powf`, which may differ between platforms.
-        let bias1 = 1.0 - whole_power(c.beta1, t);
-        let bias2 = 1.0 - whole_power(c.beta2, t);
-        let (decay, rate) = (1.0 - lr * c.weight_decay, lr / bias1);
-        let root = 1.0 / bias2.sqrt();
-        if in_place(var) && grad.dtype() == var.dtype() && in_place(grad) {
-            let first = Blend {
-                keep: c.beta1,
-                add: 1.0 - c.beta1,
-                scale,
-                squared: false,
-            };
-            let second = Blend {
-                keep: c.beta2,
-                add: 1.0 - c.beta2,
-                scale,
-                squared: true,
-            };
-            self.m.inplace_op2(grad, &first)?;
-            self.v.inplace_op2(grad, &second)?;
-            let descend = Descend {
-                decay,
-                rate,
-                root,
-                eps: c.eps,
-            };
-            var.as_tensor().inplace_op3(&self.m, &self.v, &descend)?;
-            return Ok(());
+        let bias1 = 1.0 - whole_power(self.beta1, t);
+        let bias2 = 1.0 - whole_power(self.beta2, t);
+        AdamWRates {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            decay: 1.0 - lr * self.weight_decay,
+            rate: lr / bias1,
+            root: 1.0 / bias2.sqrt(),
+            eps: self.eps,
         }
+    }
+}
+
+impl Slot {
+    /// The update as tensor operations, for other devices and for half precision.
+    fn update(&mut self, r: &AdamWRates, var: &Var, grad: &Tensor, scale: f64) -> Result<()> {
         let g = (grad.to_dtype(self.m.dtype())? * scale)?;
-        self.m = ((&self.m * c.beta1)? + (&g * (1.0 - c.beta1))?)?.detach();
-        self.v = ((&self.v * c.beta2)? + (g.sqr()? * (1.0 - c.beta2))?)?.detach();
-        let change = ((&self.m * rate)? / ((self.v.sqrt()? * root)? + c.eps)?)?;
-        let kept = (var.as_tensor().detach().to_dtype(self.m.dtype())? * decay)?;
+        self.m = ((&self.m * r.beta1)? + (&g * (1.0 - r.beta1))?)?.detach();
+        self.v = ((&self.v * r.beta2)? + (g.sqr()? * (1.0 - r.beta2))?)?.detach();
+        let change = ((&self.m * r.rate)? / ((self.v.sqrt()? * r.root)? + r.eps)?)?;
+        let kept = (var.as_tensor().detach().to_dtype(self.m.dtype())? * r.decay)?;
         var.set(&(kept - change)?.to_dtype(var.dtype())?)?;
         Ok(())
     }

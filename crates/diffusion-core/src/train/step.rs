@@ -1,7 +1,9 @@
 //! One optimiser step. Nothing is updated with numbers that are not finite.
 
 use candle_core::{DType, Tensor};
+use diffusion_ops::first_not_finite;
 
+use super::ema::Ema;
 use super::event::LossValue;
 use super::guard::Failure;
 use super::objective::{Objective, Source, StepCtx};
@@ -21,6 +23,8 @@ pub(super) struct Made {
     pub losses: Vec<LossValue>,
     pub grad_norm: f64,
     pub lr: f64,
+    /// Whether the moving average has followed.
+    pub averaged: bool,
 }
 
 impl Trainer {
@@ -40,6 +44,10 @@ impl Trainer {
         }
         let mut losses = Vec::new();
         let mut squares = 0.0;
+        // With one update a step and nobody else writing, the moving average is taken in the same
+        // pass, and what the optimiser has not touched is as finite as it was.
+        let alone = objective.phases() == 1 && !objective.writes_parameters();
+        let mut bad = None;
         for phase in 0..objective.phases() {
             let mut grads = Grads::default();
             let mut values: Vec<LossValue> = Vec::new();
@@ -70,13 +78,22 @@ impl Trainer {
                 Some(most) => (most / (norm + 1e-6)).min(1.0),
                 None => 1.0,
             };
-            self.optim.update(&self.params, &grads, lr, scale)?;
+            let mut average = self.ema.as_mut().filter(|_| alone).map(Ema::begin);
+            bad = self
+                .optim
+                .update_with(&self.params, &grads, lr, scale, average.as_mut())?;
+            if let Some(average) = average {
+                average.finish(&self.params)?;
+            }
             squares += norm * norm;
             losses.append(&mut values);
         }
         let ctx = &batches[0].1;
         objective.after_step(&losses, ctx)?;
-        if let Some(name) = self.first_bad_weight()? {
+        if !alone {
+            bad = self.first_bad_weight()?;
+        }
+        if let Some(name) = bad {
             let why = format!("weight `{name}` is not finite after the update");
             return Ok(Err(self.failure(why, false, objective, ctx)));
         }
@@ -87,6 +104,7 @@ impl Trainer {
             losses,
             grad_norm: squares.sqrt(),
             lr,
+            averaged: alone,
         }))
     }
 
@@ -145,7 +163,7 @@ impl Trainer {
             }
         }
         if let Some(total) = total {
-            let mut store = total.backward()?;
+            let mut store = diffusion_ops::backward(&total)?;
             let trained = self
                 .params
                 .iter()
@@ -156,12 +174,9 @@ impl Trainer {
     }
 
     fn first_bad_weight(&self) -> Result<Option<&String>> {
-        for (name, var) in &self.params {
-            if !is_finite(var)? {
-                return Ok(Some(name));
-            }
-        }
-        Ok(None)
+        let weights: Vec<&Tensor> = self.params.values().map(|v| v.as_tensor()).collect();
+        let first = first_not_finite(&weights)?;
+        Ok(first.and_then(|i| self.params.keys().nth(i)))
     }
 
     fn bad_gradient(

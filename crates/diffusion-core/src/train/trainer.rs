@@ -286,7 +286,7 @@ impl Trainer {
                 );
             }
         }
-        if let Some(ema) = &mut self.ema {
+        if let Some(ema) = self.ema.as_mut().filter(|_| !made.averaged) {
             ema.update(&self.params)?;
         }
         self.progress.step = step;
@@ -303,6 +303,7 @@ impl Trainer {
                 losses,
                 grad_norm,
                 lr,
+                ..
             } = made;
             let examples_per_s = examples as f64 / seconds.max(1e-9);
             run.observer.on(&Event::Step {

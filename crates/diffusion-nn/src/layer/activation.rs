@@ -27,11 +27,16 @@ impl Activation {
     /// # Errors
     /// Those of the tensor library.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Silu | Self::Swish => diffusion_ops::silu(x)?,
-            Self::Mish => diffusion_ops::mish(x)?,
-            Self::Gelu => diffusion_ops::gelu(x)?,
-            Self::Relu => diffusion_ops::relu(x)?,
-        })
+        Ok(self.op().apply(x)?)
+    }
+
+    /// The operation of this name.
+    pub(crate) fn op(self) -> diffusion_ops::Activation {
+        match self {
+            Self::Silu | Self::Swish => diffusion_ops::Activation::Silu,
+            Self::Mish => diffusion_ops::Activation::Mish,
+            Self::Gelu => diffusion_ops::Activation::Gelu,
+            Self::Relu => diffusion_ops::Activation::Relu,
+        }
     }
 }

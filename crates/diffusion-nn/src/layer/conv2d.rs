@@ -74,13 +74,27 @@ impl Conv2d {
     /// # Errors
     /// If the channels don't fit or the map is too small.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, self.bias.as_ref())
+    }
+
+    /// As [`Conv2d::forward`], with `shift [B, K]` added to all pixels of each output plane.
+    ///
+    /// # Errors
+    /// If the channels don't fit or the map is too small.
+    pub fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        match &self.bias {
+            Some(bias) => self.run(x, Some(&shift.broadcast_add(bias)?)),
+            None => self.run(x, Some(shift)),
+        }
+    }
+
+    fn run(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let Conv2dConfig {
             stride,
             padding,
             dilation,
             ..
         } = self.config;
-        let bias = self.bias.as_ref();
         Ok(diffusion_ops::conv2d(
             x,
             &self.weight,

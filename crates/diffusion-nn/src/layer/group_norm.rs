@@ -1,6 +1,7 @@
 //! Trainable group normalisation.
 
 use crate::error::{Error, Result};
+use crate::layer::Activation;
 use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::init::Init;
@@ -49,6 +50,47 @@ impl GroupNorm {
             &self.bias,
             self.groups,
             self.eps,
+        )?)
+    }
+
+    /// The normalisation and a nonlinearity after it, in one pass.
+    ///
+    /// # Errors
+    /// If the channels don't fit.
+    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let activation = Some(activation.op());
+        Ok(diffusion_ops::group_norm_act(
+            x,
+            &self.weight,
+            &self.bias,
+            self.groups,
+            self.eps,
+            activation,
+        )?)
+    }
+
+    /// `a(norm(x) (1 + scale) + shift)`, with `scale` and `shift` of shape `[B, C]`: see
+    /// [`diffusion_ops::group_norm_scale_shift`].
+    ///
+    /// # Errors
+    /// If the channels don't fit.
+    pub fn forward_scale_shift(
+        &self,
+        x: &Tensor,
+        scale: &Tensor,
+        shift: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor> {
+        let activation = Some(activation.op());
+        Ok(diffusion_ops::group_norm_scale_shift(
+            x,
+            &self.weight,
+            &self.bias,
+            scale,
+            shift,
+            self.groups,
+            self.eps,
+            activation,
         )?)
     }
 }

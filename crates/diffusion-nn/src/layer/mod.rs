@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod conv1d;
 mod conv2d;
 mod downsample;
 mod embedding;
@@ -11,10 +12,12 @@ mod layer_norm;
 mod linear;
 mod resnet_block;
 mod timestep_embedding;
+mod transformer;
 mod upsample;
 
 pub use activation::Activation;
 pub use attention::{Attention, AttentionConfig};
+pub use conv1d::{Conv1d, Conv1dConfig};
 pub use conv2d::{Conv2d, Conv2dConfig};
 pub use diffusion_ops::timestep_embedding;
 pub use downsample::{Downsample2D, fir_downsample2d};
@@ -25,4 +28,5 @@ pub use layer_norm::LayerNorm;
 pub use linear::Linear;
 pub use resnet_block::{Resample, ResnetBlock2D, ResnetBlock2DConfig, TimeEmbeddingNorm};
 pub use timestep_embedding::{TimestepEmbedding, TimestepEmbeddingConfig};
+pub use transformer::{TransformerEncoderLayer, TransformerEncoderLayerConfig};
 pub use upsample::{Upsample2D, fir_upsample2d};

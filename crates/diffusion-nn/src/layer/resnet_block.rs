@@ -200,8 +200,7 @@ impl ResnetBlock2D {
     pub fn forward(&self, x: &Tensor, temb: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let act = self.config.non_linearity;
         let resample = self.config.resample;
-        let h = resample.apply(&act.forward(&self.norm1.forward(x)?)?)?;
-        let h = self.conv1.forward(&h)?;
+        let h = resample.apply(&self.norm1.forward_act(x, act)?)?;
         let temb = match (&self.time_emb_proj, temb) {
             (Some(project), Some(temb)) if self.config.skip_time_act => {
                 Some(project.forward(temb)?)
@@ -218,7 +217,6 @@ impl ResnetBlock2D {
             }
         };
         let h = self.timed(&h, temb.as_ref())?;
-        let h = act.forward(&h)?;
         let h = match mode {
             Mode::Train { key } if self.config.dropout > 0.0 => {
                 let stream = key.stream.wrapping_add(self.stream);
@@ -239,29 +237,23 @@ impl ResnetBlock2D {
         rescaled((x + h)?, self.config.output_scale_factor)
     }
 
-    /// The second norm, with the projected time.
+    /// The first convolution, the projected time, the second norm and the nonlinearity.
     fn timed(&self, h: &Tensor, temb: Option<&Tensor>) -> Result<Tensor> {
+        let act = self.config.non_linearity;
         let Some(temb) = temb else {
-            return self.norm2.forward(h);
+            return self.norm2.forward_act(&self.conv1.forward(h)?, act);
         };
-        let (batch, channels, height, width) = h.dims4()?;
         match self.config.time_embedding_norm {
             TimeEmbeddingNorm::Default => {
-                // One number for each element and channel: a bias over both axes as one.
-                let flat = h.reshape((batch * channels, height * width))?;
-                let h = diffusion_ops::add_bias(&flat, &temb.flatten_all()?, 0)?;
-                self.norm2
-                    .forward(&h.reshape((batch, channels, height, width))?)
+                let h = self.conv1.forward_shifted(h, temb)?;
+                self.norm2.forward_act(&h, act)
             }
             TimeEmbeddingNorm::ScaleShift => {
-                let temb = temb.reshape((batch, 2 * channels, 1, 1))?;
-                let scale = (temb.narrow(1, 0, channels)? + 1.0)?;
+                let channels = temb.dim(1)? / 2;
+                let scale = temb.narrow(1, 0, channels)?;
                 let shift = temb.narrow(1, channels, channels)?;
-                Ok(self
-                    .norm2
-                    .forward(h)?
-                    .broadcast_mul(&scale)?
-                    .broadcast_add(&shift)?)
+                let h = self.conv1.forward(h)?;
+                self.norm2.forward_scale_shift(&h, &scale, &shift, act)
             }
         }
     }

@@ -118,6 +118,10 @@ fn patches<T: Real>(
                 let line = &mut line[at..filled];
                 if g.stride == 1 {
                     line.copy_from_slice(&source[input..input + count]);
+                } else if g.stride == 2 {
+                    for (v, s) in line.iter_mut().zip(source[input..].chunks(2)) {
+                        *v = s[0];
+                    }
                 } else {
                     for (v, s) in line.iter_mut().zip(source[input..].iter().step_by(g.stride)) {
                         *v = *s;
@@ -179,16 +183,66 @@ pub(super) fn weight_gradient<T: Real>(
             }
         },
     );
-    let work = crate::cpu::worth(terms * parts);
-    out.par_chunks_mut(terms).with_min_len(work).enumerate().for_each(|(k, out)| {
-        for (row, o) in out.iter_mut().enumerate() {
-            let mut sum = sums[row * kp + k];
-            for part in 1..parts {
-                sum += sums[(part * terms + row) * kp + k];
-            }
-            *o = sum;
+    let out = Shared::new(out);
+    (0..kp / 16).into_par_iter().for_each(|block| {
+        let k0 = block * 16;
+        let mut lines = Vec::new();
+        resize(&mut lines, 16 * terms);
+        dispatch(Reduce { sums: &sums, parts, terms, kp, k0, out: &mut lines });
+        for (k, line) in lines.chunks_exact(terms).enumerate().take(outputs - k0) {
+            // SAFETY: each task has its own outputs.
+            unsafe { std::slice::from_raw_parts_mut(out.at((k0 + k) * terms), terms) }
+                .copy_from_slice(line);
         }
     });
+}
+
+/// Sixteen columns of the sum of all parts, as rows.
+struct Reduce<'a, T> {
+    sums: &'a [T],
+    parts: usize,
+    terms: usize,
+    kp: usize,
+    k0: usize,
+    /// `[16, terms]`
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Reduce<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let lanes = T::V::<S>::LANES;
+        assert!(self.out.len() >= 16 * self.terms && self.k0 + 16 <= self.kp);
+        assert!(self.sums.len() >= self.parts * self.terms * self.kp);
+        let mut block = [T::zero(); 256];
+        for k in (0..16).step_by(lanes) {
+            for row in (0..self.terms).step_by(lanes) {
+                let count = (self.terms - row).min(lanes);
+                // SAFETY: rows and columns inside the sizes asserted above.
+                unsafe {
+                    for i in 0..count {
+                        let from = self.sums.as_ptr().add((row + i) * self.kp + self.k0 + k);
+                        let mut sum = T::V::<S>::load(from);
+                        for part in 1..self.parts {
+                            sum = sum.add(T::V::<S>::load(from.add(part * self.terms * self.kp)));
+                        }
+                        sum.store(block.as_mut_ptr().add(i * lanes));
+                    }
+                    let to = self.out.as_mut_ptr().add(k * self.terms + row);
+                    if count == lanes {
+                        T::V::<S>::transpose(block.as_ptr(), lanes, to, self.terms);
+                    } else {
+                        for i in 0..count {
+                            for j in 0..lanes {
+                                *to.add(j * self.terms + i) = block[i * lanes + j];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// `turned[n − n0, k] = grad[b, k, position]` for the columns `n0 .. n1`.

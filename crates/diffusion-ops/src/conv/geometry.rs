@@ -140,17 +140,17 @@ impl Geometry {
         // Columns p with 0 ≤ p·s + j − left < width.
         let p_lo = self.left.saturating_sub(j).div_ceil(self.stride);
         let p_hi = (self.width + self.left).saturating_sub(j).div_ceil(self.stride);
+        let (mut o, mut p) = (from / self.out_w, from % self.out_w);
         let mut at = from;
         while at < to {
-            let (o, p) = (at / self.out_w, at % self.out_w);
-            let end = to.min((o + 1) * self.out_w);
+            let end = to.min(at - p + self.out_w);
             let y = o * self.stride + i;
             let (lo, hi) = (p.max(p_lo), (p + end - at).min(p_hi));
             if y >= self.top && y - self.top < self.height && lo < hi {
                 let x = lo * self.stride + j - self.left;
-                visit(o * self.out_w + lo, (y - self.top) * self.width + x, hi - lo);
+                visit(at - p + lo, (y - self.top) * self.width + x, hi - lo);
             }
-            at = end;
+            (at, o, p) = (end, o + 1, 0);
         }
     }
 }

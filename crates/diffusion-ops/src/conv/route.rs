@@ -55,9 +55,13 @@ pub(super) enum Route {
 }
 
 /// Costs in fused multiply-adds, as measured: what a tile takes for each channel on top of its
-/// products, and what transforming one filter takes.
+/// products; what transforming one filter takes when all of them stay in the cache; and when they
+/// don't.
 const TILE: [usize; 2] = [120, 300];
-const FILTER: [usize; 2] = [200, 400];
+const FILTER: [usize; 2] = [150, 250];
+const FILTER_BEYOND_CACHE: [usize; 2] = [900, 1500];
+/// Transformed filters that are surely out of the cache, in elements.
+const CACHE: usize = 4 << 20;
 
 impl Route {
     /// For `y = w ⋆ x`.
@@ -85,7 +89,8 @@ impl Route {
         let cost = |m: usize, k: usize| {
             let tiles = g.batch * g.out_h.div_ceil(m) * g.out_w.div_ceil(m);
             let products = (m + 2) * (m + 2) * pairs;
-            tiles * (products + TILE[k] * (g.channels + outputs)) + FILTER[k] * pairs
+            let filter = if products > CACHE { FILTER_BEYOND_CACHE[k] } else { FILTER[k] };
+            tiles * (products + TILE[k] * (g.channels + outputs)) + filter * pairs
         };
         let two = cost(2, 0);
         let four = if limit == Winograd::Four { cost(4, 1) } else { usize::MAX };

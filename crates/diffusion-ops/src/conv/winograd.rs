@@ -578,7 +578,10 @@ impl<W: Tile, T: Real> Kernel for FilterTransform<'_, W, T> {
                 let zero = T::V::<S>::zero();
                 let mut half = [[zero; MAX]; 3];
                 for j in 0..3 {
-                    let g = [0, 1, 2].map(|i| T::V::<S>::load(taps[3 * i + j].as_ptr()));
+                    let mut g = [zero; 3];
+                    for (i, g) in g.iter_mut().enumerate() {
+                        *g = T::V::<S>::load(taps[3 * i + j].as_ptr());
+                    }
                     half[j] = W::filter::<S, T>(g);
                 }
                 for i in 0..W::A {

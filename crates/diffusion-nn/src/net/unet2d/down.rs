@@ -2,14 +2,13 @@
 
 use super::config::{DownBlockType, ResampleType, UNet2DConfig};
 use super::parts::{
-    SKIP_ATTENTION_GROUPS, SKIP_FACTOR, attention, resnet_config, skip_groups, skip_resample,
+    Pass, SKIP_ATTENTION_GROUPS, SKIP_FACTOR, attention, resnet_config, skip_groups, skip_resample,
 };
 use crate::error::{Error, Result};
 use crate::layer::{
     Attention, Conv2d, Conv2dConfig, Downsample2D, Resample, ResnetBlock2D, ResnetBlock2DConfig,
     fir_downsample2d,
 };
-use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
 
@@ -104,16 +103,12 @@ impl DownBlock {
     pub fn forward(
         &self,
         mut h: Tensor,
-        temb: &Tensor,
+        pass: Pass<'_>,
         image: &mut Tensor,
         kept: &mut Vec<Tensor>,
-        mode: Mode,
     ) -> Result<Tensor> {
         for (i, resnet) in self.resnets.iter().enumerate() {
-            h = resnet.forward(&h, Some(temb), mode)?;
-            if let Some(attention) = self.attentions.get(i) {
-                h = attention.forward(&h, None, None)?;
-            }
+            h = pass.residual(&h, None, resnet, self.attentions.get(i))?;
             kept.push(h.clone());
         }
         let (_, _, height, width) = h.dims4()?;
@@ -127,10 +122,10 @@ impl DownBlock {
         h = match &self.exit {
             Exit::Stay => return Ok(h),
             Exit::Conv(conv) => conv.forward(&h)?,
-            Exit::Resnet(resnet) => resnet.forward(&h, Some(temb), mode)?,
+            Exit::Resnet(resnet) => pass.residual(&h, None, resnet, None)?,
             Exit::Skip { resnet, conv } => {
                 *image = fir_downsample2d(image)?;
-                (conv.forward(image)? + resnet.forward(&h, Some(temb), mode)?)?
+                (conv.forward(image)? + pass.residual(&h, None, resnet, None)?)?
             }
         };
         kept.push(h.clone());

@@ -1,10 +1,9 @@
 //! The block at the lowest resolution.
 
 use super::config::UNet2DConfig;
-use super::parts::{attention, resnet_config};
+use super::parts::{Pass, attention, resnet_config};
 use crate::error::Result;
 use crate::layer::{Attention, ResnetBlock2D, ResnetBlock2DConfig, TimeEmbeddingNorm};
-use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
 
@@ -45,12 +44,8 @@ impl MidBlock {
         })
     }
 
-    pub fn forward(&self, h: &Tensor, temb: &Tensor, mode: Mode) -> Result<Tensor> {
-        let h = self.first.forward(h, Some(temb), mode)?;
-        let h = match &self.attention {
-            Some(attention) => attention.forward(&h, None, None)?,
-            None => h,
-        };
-        self.second.forward(&h, Some(temb), mode)
+    pub fn forward(&self, h: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
+        let h = pass.residual(h, None, &self.first, self.attention.as_ref())?;
+        pass.residual(&h, None, &self.second, None)
     }
 }

@@ -16,6 +16,7 @@ pub use translate::translate_deprecated;
 
 use crate::error::{Error, Result};
 use crate::layer::{
+    Activation,
     Conv2d, Conv2dConfig, Embedding, GaussianFourier, GroupNorm, TimestepEmbedding,
     TimestepEmbeddingConfig, timestep_embedding,
 };
@@ -24,6 +25,7 @@ use crate::store::Scope;
 use candle_core::{DType, Tensor};
 use down::DownBlock;
 use mid::MidBlock;
+use parts::Pass;
 use up::{UpBlock, UpChannels};
 
 /// Standard deviation of the frequencies of the Fourier embedding.
@@ -56,6 +58,7 @@ enum ClassEmbedding {
 pub struct UNet2D {
     config: UNet2DConfig,
     dtype: DType,
+    gradient_checkpointing: bool,
     conv_in: Conv2d,
     time_proj: TimeProj,
     time_embedding: TimestepEmbedding,
@@ -127,6 +130,7 @@ impl UNet2D {
         Ok(Self {
             config: config.clone(),
             dtype: scope.dtype(),
+            gradient_checkpointing: false,
             conv_in: conv("conv_in", config.in_channels, first)?,
             time_proj,
             time_embedding: TimestepEmbedding::new(&scope.sub("time_embedding"), mlp)?,
@@ -142,6 +146,14 @@ impl UNet2D {
     /// What the network was built from.
     pub fn config(&self) -> &UNet2DConfig {
         &self.config
+    }
+
+    /// Whether training keeps the inputs of residual blocks (with their attention) alone and
+    /// computes the rest again in the backward pass: about a third more time for a fraction of the
+    /// memory. Backward passes must then be those of [`diffusion_ops::backward`]. Off at first;
+    /// no part of the saved configuration.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.gradient_checkpointing = on;
     }
 
     /// The element type of the parameters.
@@ -196,22 +208,27 @@ impl UNet2D {
             x
         };
 
+        let pass = Pass {
+            temb: &temb,
+            mode,
+            recompute: self.gradient_checkpointing,
+        };
         let mut h = self.conv_in.forward(&x)?;
         let mut kept = vec![h.clone()];
         let mut image = x;
         for block in &self.down_blocks {
-            h = block.forward(h, &temb, &mut image, &mut kept, mode)?;
+            h = block.forward(h, pass, &mut image, &mut kept)?;
         }
         if let Some(mid) = &self.mid_block {
-            h = mid.forward(&h, &temb, mode)?;
+            h = mid.forward(&h, pass)?;
         }
         let mut image = None;
         for block in &self.up_blocks {
-            h = block.forward(h, &temb, &mut image, &mut kept, mode)?;
+            h = block.forward(h, pass, &mut image, &mut kept)?;
         }
         h = self
             .conv_out
-            .forward(&diffusion_ops::silu(&self.conv_norm_out.forward(&h)?)?)?;
+            .forward(&self.conv_norm_out.forward_act(&h, Activation::Silu)?)?;
         if let Some(image) = image {
             h = (h + image)?;
         }

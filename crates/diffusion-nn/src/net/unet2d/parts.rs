@@ -3,7 +3,61 @@
 use super::config::UNet2DConfig;
 use crate::error::Result;
 use crate::layer::{Attention, AttentionConfig, Resample, ResnetBlock2D, ResnetBlock2DConfig};
+use crate::mode::Mode;
 use crate::store::Scope;
+use candle_core::{Result as CandleResult, Tensor};
+use std::sync::Arc;
+
+/// What all blocks share while the network runs once.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub temb: &'a Tensor,
+    pub mode: Mode,
+    /// Whether training computes the insides of residual blocks twice instead of keeping them.
+    pub recompute: bool,
+}
+
+impl Pass<'_> {
+    /// A residual block, perhaps with attention after it, on the channels of `h` and then `skip`.
+    pub fn residual(
+        &self,
+        h: &Tensor,
+        skip: Option<&Tensor>,
+        resnet: &ResnetBlock2D,
+        attention: Option<&Attention>,
+    ) -> Result<Tensor> {
+        if !self.recompute || self.mode == Mode::Eval {
+            return residual(h, skip, self.temb, resnet, attention, self.mode);
+        }
+        let (resnet, attention, mode) = (resnet.clone(), attention.cloned(), self.mode);
+        let with_skip = skip.is_some();
+        let part = move |t: &[Tensor]| -> CandleResult<Tensor> {
+            let skip = with_skip.then(|| &t[2]);
+            residual(&t[0], skip, &t[1], &resnet, attention.as_ref(), mode)
+                .map_err(candle_core::Error::wrap)
+        };
+        let inputs: Vec<&Tensor> = [h, self.temb].into_iter().chain(skip).collect();
+        Ok(diffusion_ops::checkpointed(&inputs, Arc::new(part))?)
+    }
+}
+
+fn residual(
+    h: &Tensor,
+    skip: Option<&Tensor>,
+    temb: &Tensor,
+    resnet: &ResnetBlock2D,
+    attention: Option<&Attention>,
+    mode: Mode,
+) -> Result<Tensor> {
+    let h = match skip {
+        Some(skip) => resnet.forward(&Tensor::cat(&[h, skip], 1)?, Some(temb), mode)?,
+        None => resnet.forward(h, Some(temb), mode)?,
+    };
+    match attention {
+        Some(attention) => attention.forward(&h, None, None),
+        None => Ok(h),
+    }
+}
 
 /// √2, by which skip blocks divide their sums.
 pub(super) const SKIP_FACTOR: f64 = std::f64::consts::SQRT_2;

@@ -2,14 +2,13 @@
 
 use super::config::{ResampleType, UNet2DConfig, UpBlockType};
 use super::parts::{
-    SKIP_ATTENTION_GROUPS, SKIP_FACTOR, attention, resnet_config, skip_groups, skip_resample,
+    Pass, SKIP_ATTENTION_GROUPS, SKIP_FACTOR, attention, resnet_config, skip_groups, skip_resample,
 };
 use crate::error::Result;
 use crate::layer::{
     Attention, Conv2d, Conv2dConfig, GroupNorm, Resample, ResnetBlock2D, ResnetBlock2DConfig,
     Upsample2D, fir_upsample2d,
 };
-use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::{Result as CandleResult, Tensor, bail};
 
@@ -124,16 +123,13 @@ impl UpBlock {
     pub fn forward(
         &self,
         mut h: Tensor,
-        temb: &Tensor,
+        pass: Pass<'_>,
         image: &mut Option<Tensor>,
         kept: &mut Vec<Tensor>,
-        mode: Mode,
     ) -> Result<Tensor> {
         for (i, resnet) in self.resnets.iter().enumerate() {
-            h = resnet.forward(&Tensor::cat(&[h, pop(kept)?], 1)?, Some(temb), mode)?;
-            if let (false, Some(attention)) = (self.skips, self.attentions.get(i)) {
-                h = attention.forward(&h, None, None)?;
-            }
+            let attention = self.attentions.get(i).filter(|_| !self.skips);
+            h = pass.residual(&h, Some(&pop(kept)?), resnet, attention)?;
         }
         if self.skips {
             for attention in &self.attentions {
@@ -147,14 +143,14 @@ impl UpBlock {
         match &self.exit {
             Exit::Stay => Ok(h),
             Exit::Conv(conv) => conv.forward(&h),
-            Exit::Resnet(resnet) => resnet.forward(&h, Some(temb), mode),
+            Exit::Resnet(resnet) => pass.residual(&h, None, resnet, None),
             Exit::Skip { resnet, norm, conv } => {
                 let part = conv.forward(&diffusion_ops::silu(&norm.forward(&h)?)?)?;
                 *image = Some(match image.take() {
                     Some(image) => (image + part)?,
                     None => part,
                 });
-                resnet.forward(&h, Some(temb), mode)
+                pass.residual(&h, None, resnet, None)
             }
         }
     }

@@ -1,57 +1,13 @@
-//! `cargo xtask bench`: run the criterion benches and print one table.
+//! The criterion benches, and the estimates that they leave.
 
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::path::Path;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
 
+use super::row::Row;
 use crate::shell;
-
-/// Measure how fast we are.
-///
-/// Runs the criterion benches of each domain (all of them when none is given) and prints one table:
-/// case, median milliseconds, and the median absolute deviation. The number of threads is
-/// RAYON_NUM_THREADS, or all cores.
-///
-/// Example:
-///   RAYON_NUM_THREADS=1 cargo xtask bench images --json bench.json
-#[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
-pub struct Args {
-    /// Which benches to run: files of benches/benches, without the ending.
-    #[arg(value_name = "DOMAIN")]
-    domains: Vec<String>,
-    /// Compare with another implementation on the same work.
-    #[arg(long, value_enum, value_name = "PEER")]
-    against: Option<Peer>,
-    /// Write the rows there as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Peer {
-    Python,
-}
-
-/// One line of the table. The peer's columns are there so that the format stays as it is once a peer
-/// is measured.
-#[derive(Debug, PartialEq, Serialize)]
-struct Row {
-    domain: String,
-    case: String,
-    threads: usize,
-    ours_ms: f64,
-    ours_mad_ms: f64,
-    peer_ms: Option<f64>,
-    ratio: Option<f64>,
-    ours_peak_mb: Option<f64>,
-    peer_peak_mb: Option<f64>,
-    memory_ratio: Option<f64>,
-    max_abs_difference: Option<f64>,
-}
 
 /// The part of criterion's `benchmark.json` that names a case.
 #[derive(Deserialize)]
@@ -71,25 +27,18 @@ struct Estimate {
     point_estimate: f64,
 }
 
-/// Runs the benches and prints the table.
-pub fn run(args: &Args) -> Result<ExitCode> {
-    if let Some(Peer::Python) = args.against {
-        bail!(
-            "--against python arrives with the kernels: benches/peers holds no script to compare \
-             with yet; run without it to measure this workspace alone"
-        );
-    }
-    let root = shell::root()?;
+/// Runs the benches of these domains and collects their rows.
+pub fn run(root: &Path, domains: &[String]) -> Result<Vec<Row>> {
     let threads = threads(std::env::var("RAYON_NUM_THREADS").ok().as_deref())?;
     let mut rows = Vec::new();
-    for domain in choose(&known(&root)?, &args.domains)? {
+    for domain in domains {
         let start = SystemTime::now();
-        let mut command = shell::cargo(&root, "bench");
+        let mut command = shell::cargo(root, "bench");
         command.args([
             "-p",
             "diffusion-benches",
             "--bench",
-            &domain,
+            domain,
             "--",
             "--noplot",
         ]);
@@ -99,52 +48,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "`{}` ended with {status}",
             shell::shown(&command)
         );
-        let found = collect(
-            &shell::target(&root).join("criterion"),
-            &domain,
-            threads,
-            start,
-        )?;
+        let folder = shell::target(root).join("criterion");
+        let found = collect(&folder, domain, threads, start)?;
         ensure!(
             !found.is_empty(),
             "{domain}: the bench ran but left no estimates"
         );
         rows.extend(found);
     }
-    println!("{}", table(&rows));
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&serde_json::json!({ "rows": rows }))?;
-        std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Domains are the bench files themselves: adding one adds a file.
-fn known(root: &Path) -> Result<Vec<String>> {
-    let folder = root.join("benches/benches");
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "rs") {
-            names.extend(
-                path.file_stem()
-                    .map(|stem| stem.to_string_lossy().into_owned()),
-            );
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn choose(known: &[String], names: &[String]) -> Result<Vec<String>> {
-    if let Some(name) = names.iter().find(|name| !known.contains(name)) {
-        bail!("unknown domain `{name}`; known: {}", known.join(", "));
-    }
-    Ok(if names.is_empty() {
-        known.to_vec()
-    } else {
-        names.to_vec()
-    })
+    Ok(rows)
 }
 
 fn threads(variable: Option<&str>) -> Result<usize> {
@@ -193,33 +105,8 @@ fn row(domain: &str, threads: usize, benchmark: &str, estimates: &str) -> Result
         threads,
         ours_ms: estimates.median.point_estimate / 1e6,
         ours_mad_ms: estimates.median_abs_dev.point_estimate / 1e6,
-        peer_ms: None,
-        ratio: None,
-        ours_peak_mb: None,
-        peer_peak_mb: None,
-        memory_ratio: None,
-        max_abs_difference: None,
+        ..Row::default()
     })
-}
-
-fn table(rows: &[Row]) -> String {
-    let width = rows
-        .iter()
-        .map(|row| row.case.chars().count())
-        .max()
-        .unwrap_or(0)
-        .max(4);
-    let mut lines = vec![format!(
-        "{:<10} {:<width$} {:>7} {:>12} {:>10}",
-        "domain", "case", "threads", "median ms", "± MAD"
-    )];
-    for row in rows {
-        lines.push(format!(
-            "{:<10} {:<width$} {:>7} {:>12.4} {:>10.4}",
-            row.domain, row.case, row.threads, row.ours_ms, row.ours_mad_ms
-        ));
-    }
-    lines.join("\n")
 }
 
 #[cfg(test)]
@@ -243,7 +130,10 @@ mod tests {
         );
         let json = serde_json::to_value(&row).unwrap();
         assert!(json["peer_ms"].is_null() && json["ratio"].is_null());
-        assert!(table(&[row]).contains("unet2d/forward/8x8       2       2.5000     0.0500"));
+        assert!(
+            super::super::row::medians(&[row])
+                .contains("unet2d/forward/8x8       2       2.5000     0.0500")
+        );
     }
 
     #[test]
@@ -274,15 +164,5 @@ mod tests {
                 .to_string()
                 .contains("`many`")
         );
-    }
-
-    #[test]
-    fn unknown_domains_are_named() {
-        let known = ["images".to_owned()];
-        assert_eq!(choose(&known, &[]).unwrap(), known);
-        let message = choose(&known, &["video".to_owned()])
-            .unwrap_err()
-            .to_string();
-        assert!(message.contains("`video`") && message.contains("images"));
     }
 }

@@ -1,0 +1,31 @@
+//! The cases of `waveform`, under the names that the comparison with other libraries uses.
+
+#![allow(missing_docs, clippy::expect_used)] // A bench that cannot run has nobody to report to.
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use diffusion_benches::{Case, specs};
+use std::time::Duration;
+
+fn waveform(c: &mut Criterion) {
+    let mut group = c.benchmark_group("waveform");
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(3));
+    for spec in specs() {
+        if spec.domain() != "waveform" {
+            continue;
+        }
+        let name = spec.name.trim_start_matches("waveform/").to_owned();
+        // Built when criterion runs it, so that a filter skips the rest.
+        let mut case: Option<Box<dyn Case>> = None;
+        group.bench_function(name, |b| {
+            let case = case.get_or_insert_with(|| spec.build().expect("a case builds"));
+            b.iter(|| case.call().expect("a call"));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, waveform);
+criterion_main!(benches);
