@@ -72,10 +72,12 @@ impl Comparison {
     /// Compares the cases of these domains whose names contain one of `filters` (or all).
     pub fn run(&self, domains: &[String], filters: &[String]) -> Result<Found> {
         self.probe()?;
+        let busy = busy(std::fs::read_to_string("/proc/loadavg").ok().as_deref());
         let program = self.build()?;
         let cases = select(listed(&program)?, domains, filters)?;
         let scratch = Scratch::new(&shell::target(&self.root))?;
         let mut found = Found::default();
+        found.notes.extend(busy);
         for case in &cases {
             self.case(&program, case, &scratch.0, &mut found)
                 .with_context(|| case.name.clone())?;
@@ -215,6 +217,17 @@ fn limited(program: &Path, threads: usize) -> Command {
         command.env("CANDLE_BARRIER_POOL_SPIN_LIMIT", "0");
     }
     command
+}
+
+/// A warning where other programs were at work before we began.
+fn busy(loadavg: Option<&str>) -> Option<String> {
+    let load: f64 = loadavg?.split_whitespace().next()?.parse().ok()?;
+    (load > 0.7).then(|| {
+        format!(
+            "the machine was busy (load {load}) when the comparison began; wall times on several \
+             threads are then as much those of the others"
+        )
+    })
 }
 
 fn listed(program: &Path) -> Result<Vec<Listed>> {
@@ -357,6 +370,14 @@ mod tests {
             assert!(message.contains("images/unet/train on 2"), "{message}");
             assert!(message.contains("not timed"), "{message}");
         }
+    }
+
+    #[test]
+    fn a_busy_machine_is_noted() {
+        let note = busy(Some("3.48 5.36 4.54 2/300 1234")).unwrap();
+        assert!(note.contains("load 3.48"), "{note}");
+        assert_eq!(busy(Some("0.10 5.36 4.54 2/300 1234")), None);
+        assert_eq!(busy(None), None);
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl AttentionConfig {
 /// ```
 ///
 /// where `n` is the normalised input, `c` the context (or `n`), and the residual `x` and the
-/// divisor `r` are as configured; see [`diffusion_ops::attention`].
+/// divisor `r` are as configured; see [`diffusion_ops::attention_heads`].
 #[derive(Clone, Debug)]
 pub struct Attention {
     group_norm: Option<GroupNorm>,
@@ -116,25 +116,16 @@ impl Attention {
         } else {
             x.clone()
         };
-        let (batch, n, _) = tokens.dims3()?;
         let tokens = match &self.group_norm {
             Some(norm) => norm.forward(&tokens.transpose(1, 2)?)?.transpose(1, 2)?,
             None => tokens,
         };
         let context = context.unwrap_or(&tokens);
-        let split = |t: Tensor| -> Result<Tensor> {
-            let (b, n, _) = t.dims3()?;
-            Ok(t.reshape((b, n, self.config.heads, self.config.dim_head))?
-                .transpose(1, 2)?)
-        };
-        let q = split(self.to_q.forward(&tokens)?)?;
-        let k = split(self.to_k.forward(context)?)?;
-        let v = split(self.to_v.forward(context)?)?;
-        let y = diffusion_ops::attention(&q, &k, &v, mask, None)?;
-        let inner = self.config.heads * self.config.dim_head;
-        let y = self
-            .to_out
-            .forward(&y.transpose(1, 2)?.reshape((batch, n, inner))?)?;
+        let q = self.to_q.forward(&tokens)?;
+        let k = self.to_k.forward(context)?;
+        let v = self.to_v.forward(context)?;
+        let y = diffusion_ops::attention_heads(&q, &k, &v, self.config.heads, mask, None)?;
+        let y = self.to_out.forward(&y)?;
         let y = if x.rank() == 4 {
             y.transpose(1, 2)?.reshape(x.shape())?
         } else {

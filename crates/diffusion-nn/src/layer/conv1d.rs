@@ -117,10 +117,10 @@ mod tests {
         assert_eq!((y.len(), y[0].len(), y[0][0].len()), (2, 3, 5));
         for n in 0..2 {
             for k in 0..3 {
-                for l in 0..5 {
+                for l in 0..5usize {
                     let mut sum = b[k];
                     for c in 0..2 {
-                        for tap in 0..3 {
+                        for tap in 0..3usize {
                             // The output position 2l sees 2l − 2, 2l, 2l + 2.
                             let at = (2 * l + 2 * tap).checked_sub(2).filter(|&at| at < 9);
                             sum += at.map_or(0.0, |at| w[k][c][tap] * x[n][c][at]);

@@ -18,6 +18,8 @@ pub(crate) struct Geometry {
     pub dilation: usize,
     pub top: usize,
     pub left: usize,
+    /// Pixels of an input and of an output plane where their last row is cut short.
+    pub cut: Option<(usize, usize)>,
 }
 
 impl Geometry {
@@ -71,6 +73,7 @@ impl Geometry {
             dilation,
             top: padding.top,
             left: padding.left,
+            cut: None,
         })
     }
 
@@ -86,18 +89,41 @@ impl Geometry {
 
     /// Pixels of an input plane.
     pub fn plane(&self) -> usize {
-        self.height * self.width
+        self.cut.map_or(self.height * self.width, |cut| cut.0)
     }
 
     /// Pixels of an output plane.
     pub fn out_plane(&self) -> usize {
-        self.out_h * self.out_w
+        self.cut.map_or(self.out_h * self.out_w, |cut| cut.1)
     }
 
     /// Whether the patches are the map itself.
     pub fn is_pointwise(&self) -> bool {
         let sizes = (self.kernel_h, self.kernel_w, self.stride, self.top, self.left);
         sizes == (1, 1, 1, 0, 0) && (self.out_h, self.out_w) == (self.height, self.width)
+    }
+
+    /// A line with three taps of dilation d as a map of width d with a 3×1 kernel, if it is one and
+    /// its padding is whole rows.
+    pub fn folded(&self) -> Option<Self> {
+        let d = self.dilation;
+        let line = (self.kernel_h, self.height, self.top, self.out_h) == (1, 1, 0, 1);
+        if !line || self.kernel_w != 3 || self.stride != 1 || !self.left.is_multiple_of(d) {
+            return None;
+        }
+        Some(Self {
+            height: self.width.div_ceil(d),
+            width: d,
+            kernel_h: 3,
+            kernel_w: 1,
+            out_h: self.out_w.div_ceil(d),
+            out_w: d,
+            dilation: 1,
+            top: self.left / d,
+            left: 0,
+            cut: Some((self.width, self.out_w)),
+            ..*self
+        })
     }
 
     /// Whether this is the case of Winograd's filters.

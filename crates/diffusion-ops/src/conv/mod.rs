@@ -21,6 +21,7 @@ pub(crate) use geometry::Geometry;
 use route::Route;
 pub use route::{WINOGRAD_VARIABLE, Winograd, set_winograd, winograd};
 pub use transposed::{conv_transpose1d, conv_transpose2d};
+use winograd_tile::{Column, F2, F4};
 
 /// Zeros around a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -291,9 +292,19 @@ fn run<T: Real>(g: &Geometry, x: &[T], weight: &Weight<'_, T>, bias: Bias<'_, T>
     if out.is_empty() {
         return;
     }
-    match Route::forward(g, weight.outputs) {
-        Route::Four => winograd::forward::<winograd_tile::F4, T>(g, x, weight, bias, out),
-        Route::Two => winograd::forward::<winograd_tile::F2, T>(g, x, weight, bias, out),
+    let route = Route::forward(g, weight.outputs);
+    match (route, g.folded()) {
+        (Route::Four, Some(g)) => {
+            return winograd::forward::<Column<F4>, T>(&g, x, weight, bias, out);
+        }
+        (Route::Two, Some(g)) => {
+            return winograd::forward::<Column<F2>, T>(&g, x, weight, bias, out);
+        }
+        _ => {}
+    }
+    match route {
+        Route::Four => winograd::forward::<F4, T>(g, x, weight, bias, out),
+        Route::Two => winograd::forward::<F2, T>(g, x, weight, bias, out),
         Route::Direct => direct::forward(g, weight.outputs, x, &weight.matrix(), bias, out),
     }
 }
@@ -447,12 +458,22 @@ fn weight_gradient<T: Real>(g: &Geometry, outputs: usize, x: &[T], grad: &[T], o
         out.fill(T::zero());
         return;
     }
-    match Route::weight_gradient(g, outputs) {
+    let route = Route::weight_gradient(g, outputs);
+    match (route, g.folded()) {
+        (Route::Four, Some(g)) => {
+            return winograd::weight_gradient::<Column<F4>, T>(&g, outputs, x, grad, out);
+        }
+        (Route::Two, Some(g)) => {
+            return winograd::weight_gradient::<Column<F2>, T>(&g, outputs, x, grad, out);
+        }
+        _ => {}
+    }
+    match route {
         Route::Four => {
-            winograd::weight_gradient::<winograd_tile::F4, T>(g, outputs, x, grad, out);
+            winograd::weight_gradient::<F4, T>(g, outputs, x, grad, out);
         }
         Route::Two => {
-            winograd::weight_gradient::<winograd_tile::F2, T>(g, outputs, x, grad, out);
+            winograd::weight_gradient::<F2, T>(g, outputs, x, grad, out);
         }
         Route::Direct => direct::weight_gradient(g, outputs, x, grad, out),
     }

@@ -58,6 +58,8 @@ pub(super) enum Route {
 /// products; what transforming one filter takes when all of them stay in the cache; and when they
 /// don't.
 const TILE: [usize; 2] = [120, 300];
+/// The first for a tile of a line.
+const LINE_TILE: [usize; 2] = [40, 70];
 const FILTER: [usize; 2] = [150, 250];
 const FILTER_BEYOND_CACHE: [usize; 2] = [900, 1500];
 /// Transformed filters that are surely out of the cache, in elements.
@@ -77,10 +79,17 @@ impl Route {
     fn cheapest(g: &Geometry, outputs: usize) -> Self {
         #[cfg(test)]
         if let Some(route) = *FORCED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
-            return if g.is_3x3() { route } else { Self::Direct };
+            return if g.is_3x3() || g.folded().is_some() {
+                route
+            } else {
+                Self::Direct
+            };
         }
         let limit = winograd();
         // Fewer channels than a vector has lanes would be padded with zeros.
+        if let Some(map) = g.folded() {
+            return Self::line(&map, outputs, limit);
+        }
         if !g.is_3x3() || limit == Winograd::Off || g.channels < 8 || outputs < 8 {
             return Self::Direct;
         }
@@ -94,6 +103,26 @@ impl Route {
         };
         let two = cost(2, 0);
         let four = if limit == Winograd::Four { cost(4, 1) } else { usize::MAX };
+        Self::least(direct, two, four)
+    }
+
+    /// For a line with three taps, folded.
+    fn line(map: &Geometry, outputs: usize, limit: Winograd) -> Self {
+        if limit == Winograd::Off || map.channels < 8 || outputs < 8 {
+            return Self::Direct;
+        }
+        let pairs = map.channels * outputs;
+        let direct = 10 * map.batch * map.out_plane() * pairs / 3;
+        let cost = |m: usize, k: usize| {
+            let tiles = map.batch * map.out_h.div_ceil(m) * map.out_w;
+            let own = LINE_TILE[k] * (map.channels + outputs);
+            tiles * ((m + 2) * pairs + own) + FILTER[k] * pairs
+        };
+        let four = if limit == Winograd::Four { cost(4, 1) } else { usize::MAX };
+        Self::least(direct, cost(2, 0), four)
+    }
+
+    fn least(direct: usize, two: usize, four: usize) -> Self {
         if direct <= two.min(four) {
             Self::Direct
         } else if four <= two {

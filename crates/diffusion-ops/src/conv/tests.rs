@@ -154,6 +154,18 @@ fn small_kernel() -> impl Strategy<Value = Case> {
     })
 }
 
+/// A line with three taps.
+fn line() -> impl Strategy<Value = Case> {
+    let sizes = (1usize..4, 8usize..20, 8usize..36, 1usize..90, 1usize..20);
+    (sizes, 0usize..3, 0usize..40).prop_filter_map(
+        "the kernel fits",
+        |((b, c, k, w, d), left, right)| {
+            let padding = Padding { top: 0, bottom: 0, left: left * d, right };
+            (2 * d < w + left * d + right).then_some((b, c, k, 1, w, (1, 3), 1, padding, d))
+        },
+    )
+}
+
 /// Output and all gradients, under a fixed gradient of the output.
 fn everything(case: &Case, dtype: DType, per_item: bool) -> Result<Vec<Tensor>> {
     let (b, _, k, .., s, p, d) = *case;
@@ -210,8 +222,8 @@ fn any_shape_in_f32_equals_f64() -> Result<()> {
 #[test]
 fn winograd_equals_the_sum() -> Result<()> {
     at_every_level(|level| {
-        let mut runner = TestRunner::new(ProptestConfig::with_cases(16));
-        let run = runner.run(&(small_kernel(), any::<bool>()), |(case, per_item)| {
+        let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
+        let run = runner.run(&(prop_oneof![small_kernel(), line()], any::<bool>()), |(case, per_item)| {
             let exact = with_limit(Winograd::Off, || everything(&case, DType::F64, per_item)).unwrap();
             for route in [Route::Two, Route::Four] {
                 for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {

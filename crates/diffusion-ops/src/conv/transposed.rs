@@ -71,6 +71,7 @@ pub fn conv_transpose2d(
         dilation,
         top: padding.top,
         left: padding.left,
+        cut: None,
     };
     if half_on_cpu(x) {
         let wide = |t: &Tensor| t.to_dtype(DType::F32);
@@ -419,6 +420,7 @@ mod tests {
                 dilation: d,
                 top: p.top,
                 left: p.left,
+                cut: None,
             };
             let gap = max_abs_difference(&y, &composed(&t[0], &t[1], Some(&t[2]), &g)?)?;
             assert!(gap < 1e-12, "{gap:e}");

@@ -1,4 +1,5 @@
-//! 3×3 convolutions of stride 1 by Winograd's minimal filtering (Lavin and Gray 2016).
+//! Convolutions of stride 1 with kernels of 3×3 and 3×1 by Winograd's minimal filtering (Lavin and
+//! Gray 2016).
 //!
 //! ```text
 //! U[p] = (G w Gᵀ)[p]   [C, K]        V[p] = (Bᵀ d B)[p]   [tiles, C]
@@ -6,8 +7,11 @@
 //! ```
 //!
 //! for each of the A² positions p of a tile: A² products of matrices with M²·9/A² times fewer
-//! multiplications than the sum itself, that is 4 times for F(4, 3). Transforms run on vectors of
-//! channels, so that any size of map keeps them full.
+//! multiplications than the sum itself, that is 4 times for F(4, 3); A positions and twice fewer
+//! for 3×1. Transforms run on vectors of channels, so that any size of map keeps them full.
+//!
+//! A line convolved with three taps of dilation d is a map of width d, its last row perhaps cut
+//! short, convolved with 3×1: see [`Geometry::folded`].
 
 use super::winograd_tile::{MAX, Tile};
 use super::{Bias, Geometry, Weight};
@@ -42,7 +46,7 @@ struct Tiling {
 impl Tiling {
     fn new<W: Tile>(g: &Geometry) -> Self {
         Self {
-            across: g.out_w.div_ceil(W::M),
+            across: g.out_w.div_ceil(W::MW),
             down: g.out_h.div_ceil(W::M),
         }
     }
@@ -77,7 +81,7 @@ pub(super) fn forward<W: Tile, T: Real>(
     out: &mut [T],
 ) {
     let (kp, cp) = (padded(weight.outputs), padded(weight.inputs));
-    let positions = W::A * W::A;
+    let positions = W::A * W::AW;
     let tiling = Tiling::new::<W>(g);
     let tile_rows = g.batch * tiling.down;
     let u_stride = stride(weight.inputs * kp);
@@ -94,7 +98,7 @@ pub(super) fn forward<W: Tile, T: Real>(
     // With fewer tasks than threads the output channels are divided too.
     let splits = threads.div_ceil(tasks).min(kp / LANES);
     let span = (kp / LANES).div_ceil(splits) * LANES;
-    let (plane, out_plane) = (g.height * g.width, g.out_h * g.out_w);
+    let (plane, out_plane) = (g.plane(), g.out_plane());
     let out = Shared::new(out);
     (0..tasks * splits).into_par_iter().for_each_init(
         Scratch::default,
@@ -129,6 +133,7 @@ pub(super) fn forward<W: Tile, T: Real>(
             for (map, row, rows, before) in tiling.runs(from, to) {
                 let channels = span.min(weight.outputs.saturating_sub(k0));
                 let height = (rows * W::M).min(g.out_h - row * W::M);
+                let pixels = (height * g.out_w).min(out_plane - row * W::M * g.out_w);
                 let at = (map * weight.outputs + k0) * out_plane + row * W::M * g.out_w;
                 let room = rows * W::M * g.out_w * LANES;
                 dispatch(OutputTransform::<W, T> {
@@ -140,6 +145,7 @@ pub(super) fn forward<W: Tile, T: Real>(
                     rows,
                     across: tiling.across,
                     size: (height, g.out_w),
+                    pixels,
                     flat: Scratch::at_least(&mut scratch.map, room).as_mut_ptr(),
                     // SAFETY: each task writes its own rows of its own channels.
                     out: unsafe { out.at(at) },
@@ -160,7 +166,7 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
     out: &mut [T],
 ) {
     let (kp, cp) = (padded(outputs), padded(g.channels));
-    let positions = W::A * W::A;
+    let positions = W::A * W::AW;
     let tiling = Tiling::new::<W>(g);
     let tile_rows = g.batch * tiling.down;
     // As many tiles at a time as keep both transformed tensors in the outer cache.
@@ -173,7 +179,7 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
     let mut v = vec![T::zero(); positions * v_stride];
     let mut m = vec![T::zero(); positions * m_stride];
     let mut u = vec![T::zero(); positions * u_stride];
-    let (plane, out_plane) = (g.height * g.width, g.out_h * g.out_w);
+    let (plane, out_plane) = (g.plane(), g.out_plane());
     let part = 16usize.div_ceil(tiling.across);
     for from in (0..tile_rows).step_by(rows) {
         let to = (from + rows).min(tile_rows);
@@ -234,8 +240,8 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
             u_stride,
             outputs,
             // SAFETY: each task writes its own input channel.
-            out: unsafe { out.at(c * 9) },
-            out_row: g.channels * 9,
+            out: unsafe { out.at(c * W::TAPS) },
+            out_row: g.channels * W::TAPS,
             tile: PhantomData,
         });
     });
@@ -268,6 +274,8 @@ struct View {
     channels: usize,
     height: usize,
     width: usize,
+    /// Pixels of a plane; the last row may be shorter than the others.
+    plane: usize,
     /// Row of the map at row 0 of the view (negative in the padding).
     y0: isize,
     /// Columns of padding on the left.
@@ -286,10 +294,11 @@ impl View {
             channels: g.channels,
             height: g.height,
             width: g.width,
+            plane: g.plane(),
             y0: (row * W::M) as isize - g.top as isize,
             left: g.left,
             rows: rows * W::M + 2,
-            cols: tiling.across * W::M + 2,
+            cols: tiling.across * W::MW + W::AW - W::MW,
             down: rows,
             across: tiling.across,
         }
@@ -306,10 +315,11 @@ impl View {
             channels: outputs,
             height: g.out_h,
             width: g.out_w,
+            plane: g.out_plane(),
             y0: (row * W::M) as isize,
             left: 0,
             rows: rows * W::M,
-            cols: tiling.across * W::M,
+            cols: tiling.across * W::MW,
             down: rows,
             across: tiling.across,
         }
@@ -329,7 +339,7 @@ fn transform<W: Tile, T: Real, const GRADIENT: bool>(
     out: Shared<T>,
     (out_row, out_stride): (usize, usize),
 ) {
-    assert!(map.len() == view.channels * view.height * view.width && scratch.len() >= view.room());
+    assert!(map.len() == view.channels * view.plane && scratch.len() >= view.room());
     scratch.fill(T::zero());
     dispatch(TileTransform::<W, T, GRADIENT> {
         view,
@@ -361,16 +371,17 @@ impl<W: Tile, T: Real, const GRADIENT: bool> Kernel for TileTransform<'_, W, T, 
     fn run<S: Simd>(self) {
         let lanes = T::V::<S>::LANES;
         let view = self.view;
-        let plane = view.height * view.width;
+        let plane = view.plane;
         let first = view.y0.max(0) as usize;
         let last = ((view.y0 + view.rows as isize).max(0) as usize).min(view.height);
-        let side = if GRADIENT { W::M } else { W::A };
+        let (side, side_w) = if GRADIENT { (W::M, W::MW) } else { (W::A, W::AW) };
         let mut block = [T::zero(); LANES * LANES];
         for c0 in (0..self.out_row).step_by(lanes) {
             let channels = view.channels.saturating_sub(c0).min(lanes);
             // Pixels of the rows that exist, in reading order, moved from planes to vectors of
             // channels.
-            let pixels = last.saturating_sub(first) * view.width;
+            let pixels = (last.saturating_sub(first) * view.width)
+                .min(plane.saturating_sub(first * view.width));
             let mut at = 0;
             while at < pixels {
                 let begin = if pixels >= lanes { at.min(pixels - lanes) } else { at };
@@ -411,11 +422,11 @@ impl<W: Tile, T: Real, const GRADIENT: bool> Kernel for TileTransform<'_, W, T, 
                     // SAFETY: a tile reads `side` rows and columns of the view, which has
                     // `down·M + A − M` (for the gradient `down·M`) of them; it writes its own row.
                     unsafe {
-                        let at = (down * view.cols + across) * W::M * lanes;
+                        let at = (down * W::M * view.cols + across * W::MW) * lanes;
                         let from = self.scratch.add(at);
                         let zero = T::V::<S>::zero();
                         let mut half = [[zero; MAX]; MAX];
-                        for j in 0..side {
+                        for j in 0..side_w {
                             let mut line = [zero; MAX];
                             for i in 0..side {
                                 line[i] = T::V::<S>::load(from.add((i * view.cols + j) * lanes));
@@ -430,16 +441,18 @@ impl<W: Tile, T: Real, const GRADIENT: bool> Kernel for TileTransform<'_, W, T, 
                         let to = self.out.add(tile * self.out_row + c0);
                         for i in 0..W::A {
                             let mut line = [zero; MAX];
-                            for j in 0..side {
+                            for j in 0..side_w {
                                 line[j] = half[j][i];
                             }
-                            let line = if GRADIENT {
+                            let line = if W::AW == 1 {
+                                line
+                            } else if GRADIENT {
                                 W::output_adjoint::<S, T>(line)
                             } else {
                                 W::input::<S, T>(line)
                             };
-                            for j in 0..W::A {
-                                line[j].store(to.add((i * W::A + j) * self.out_stride));
+                            for j in 0..W::AW {
+                                line[j].store(to.add((i * W::AW + j) * self.out_stride));
                             }
                         }
                     }
@@ -461,6 +474,8 @@ struct OutputTransform<'a, W, T> {
     across: usize,
     /// Height and width of what is written.
     size: (usize, usize),
+    /// Pixels of it that exist.
+    pixels: usize,
     /// Scratch: pixels of `LANES`.
     flat: *mut T,
     out: *mut T,
@@ -488,28 +503,30 @@ impl<W: Tile, T: Real> Kernel for OutputTransform<'_, W, T> {
                     let from = self.m.add(tile * self.m_row + k0);
                     let zero = T::V::<S>::zero();
                     let mut half = [[zero; MAX]; MAX];
-                    for j in 0..W::A {
+                    for j in 0..W::AW {
                         let mut line = [zero; MAX];
                         for i in 0..W::A {
-                            line[i] = T::V::<S>::load(from.add((i * W::A + j) * self.m_stride));
+                            line[i] = T::V::<S>::load(from.add((i * W::AW + j) * self.m_stride));
                         }
                         half[j] = W::output::<S, T>(line);
                     }
-                    let (y0, x0) = (down * W::M, across * W::M);
+                    let (y0, x0) = (down * W::M, across * W::MW);
                     for i in 0..W::M.min(height.saturating_sub(y0)) {
                         let mut line = [zero; MAX];
-                        for j in 0..W::A {
+                        for j in 0..W::AW {
                             line[j] = half[j][i];
                         }
-                        let line = W::output::<S, T>(line);
-                        for j in 0..W::M.min(width - x0) {
+                        if W::AW > 1 {
+                            line = W::output::<S, T>(line);
+                        }
+                        for j in 0..W::MW.min(width - x0) {
                             let at = ((y0 + i) * width + x0 + j) * lanes;
                             line[j].add(shift).store(self.flat.add(at));
                         }
                     }
                 }
             }
-            let pixels = height * width;
+            let pixels = self.pixels;
             let mut at = 0;
             while at < pixels {
                 let begin = if pixels >= lanes { at.min(pixels - lanes) } else { at };
@@ -569,25 +586,31 @@ impl<W: Tile, T: Real> Kernel for FilterTransform<'_, W, T> {
             let mut taps = [[T::zero(); LANES]; 9];
             for k in 0..self.weight.outputs.saturating_sub(k0).min(lanes) {
                 let taken = self.weight.taps(k0 + k, self.c);
-                for (tap, line) in taps.iter_mut().enumerate() {
-                    line[k] = taken[self.weight.tap(tap, 9)];
+                for (tap, line) in taps.iter_mut().enumerate().take(W::TAPS) {
+                    line[k] = taken[self.weight.tap(tap, W::TAPS)];
                 }
             }
             // SAFETY: a row of u has kp elements, a whole number of vectors.
             unsafe {
                 let zero = T::V::<S>::zero();
                 let mut half = [[zero; MAX]; 3];
-                for j in 0..3 {
+                let across = W::TAPS / 3;
+                for j in 0..across {
                     let mut g = [zero; 3];
                     for (i, g) in g.iter_mut().enumerate() {
-                        *g = T::V::<S>::load(taps[3 * i + j].as_ptr());
+                        *g = T::V::<S>::load(taps[across * i + j].as_ptr());
                     }
                     half[j] = W::filter::<S, T>(g);
                 }
                 for i in 0..W::A {
-                    let line = W::filter::<S, T>([half[0][i], half[1][i], half[2][i]]);
-                    for j in 0..W::A {
-                        line[j].store(self.u.add((i * W::A + j) * self.stride + k0));
+                    let line = if W::AW == 1 {
+                        half[0]
+                    } else {
+                        W::filter::<S, T>([half[0][i], half[1][i], half[2][i]])
+                    };
+                    for j in 0..W::AW {
+                        let v = if W::AW == 1 { line[i] } else { line[j] };
+                        v.store(self.u.add((i * W::AW + j) * self.stride + k0));
                     }
                 }
             }
@@ -616,27 +639,32 @@ impl<W: Tile, T: Real> Kernel for FilterAdjoint<W, T> {
             unsafe {
                 let zero = T::V::<S>::zero();
                 let mut half = [[zero; 3]; MAX];
-                for j in 0..W::A {
+                let across = W::TAPS / 3;
+                for j in 0..W::AW {
                     let mut line = [zero; MAX];
                     for i in 0..W::A {
-                        let at = (i * W::A + j) * self.u_stride + k0;
+                        let at = (i * W::AW + j) * self.u_stride + k0;
                         line[i] = T::V::<S>::load(self.u.add(at));
                     }
                     half[j] = W::filter_adjoint::<S, T>(line);
                 }
                 for i in 0..3 {
                     let mut line = [zero; MAX];
-                    for j in 0..W::A {
+                    for j in 0..W::AW {
                         line[j] = half[j][i];
                     }
-                    let line = W::filter_adjoint::<S, T>(line);
-                    for j in 0..3 {
-                        line[j].store(taps[3 * i + j].as_mut_ptr());
+                    let line = if W::AW == 1 {
+                        [line[0]; 3]
+                    } else {
+                        W::filter_adjoint::<S, T>(line)
+                    };
+                    for j in 0..across {
+                        line[j].store(taps[across * i + j].as_mut_ptr());
                     }
                 }
                 for k in 0..(self.outputs - k0).min(lanes) {
                     let to = self.out.add((k0 + k) * self.out_row);
-                    for (tap, line) in taps.iter().enumerate() {
+                    for (tap, line) in taps.iter().enumerate().take(W::TAPS) {
                         *to.add(tap) = line[k];
                     }
                 }

@@ -18,10 +18,16 @@ pub(super) const MAX: usize = 6;
 
 /// One minimal filtering algorithm F(M, 3). Every function needs to run at the level `S`.
 pub(super) trait Tile: Copy + Send + Sync + 'static {
-    /// Outputs of a tile.
+    /// Rows of outputs of a tile.
     const M: usize;
-    /// Inputs of a tile, and products: M + 2.
+    /// Rows of inputs of a tile, and of products: M + 2.
     const A: usize;
+    /// Columns of outputs: M, or 1 for a kernel of one column.
+    const MW: usize = Self::M;
+    /// Columns of inputs: A, or 1.
+    const AW: usize = Self::A;
+    /// Taps of the kernel: 9, or 3.
+    const TAPS: usize = if Self::AW == 1 { 3 } else { 9 };
     /// `Bᵀ d`.
     unsafe fn input<S: Simd, T: Real>(d: [T::V<S>; MAX]) -> [T::V<S>; MAX];
     /// `G g`.
@@ -205,5 +211,42 @@ impl Tile for F2 {
             let sum = u[1].add(u[2]).mul(half);
             [u[0].add(sum), u[1].sub(u[2]).mul(half), sum.add(u[3])]
         }
+    }
+}
+
+/// A filter that runs down the columns alone, for kernels of 3×1.
+#[derive(Clone, Copy)]
+pub(super) struct Column<W>(W);
+
+impl<W: Tile> Tile for Column<W> {
+    const M: usize = W::M;
+    const A: usize = W::A;
+    const MW: usize = 1;
+    const AW: usize = 1;
+
+    #[inline(always)]
+    unsafe fn input<S: Simd, T: Real>(d: [T::V<S>; MAX]) -> [T::V<S>; MAX] {
+        // SAFETY: passed on to the caller, here and below.
+        unsafe { W::input::<S, T>(d) }
+    }
+    #[inline(always)]
+    unsafe fn filter<S: Simd, T: Real>(g: [T::V<S>; 3]) -> [T::V<S>; MAX] {
+        // SAFETY: as above.
+        unsafe { W::filter::<S, T>(g) }
+    }
+    #[inline(always)]
+    unsafe fn output<S: Simd, T: Real>(m: [T::V<S>; MAX]) -> [T::V<S>; MAX] {
+        // SAFETY: as above.
+        unsafe { W::output::<S, T>(m) }
+    }
+    #[inline(always)]
+    unsafe fn output_adjoint<S: Simd, T: Real>(y: [T::V<S>; MAX]) -> [T::V<S>; MAX] {
+        // SAFETY: as above.
+        unsafe { W::output_adjoint::<S, T>(y) }
+    }
+    #[inline(always)]
+    unsafe fn filter_adjoint<S: Simd, T: Real>(u: [T::V<S>; MAX]) -> [T::V<S>; 3] {
+        // SAFETY: as above.
+        unsafe { W::filter_adjoint::<S, T>(u) }
     }
 }
