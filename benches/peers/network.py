@@ -42,6 +42,9 @@ class Network(Peer):
             worst = 0.0
         return max(worst, compare("outputs", self.outputs, {"y": y}))
 
+    def release(self):
+        self.weights = {}  # The model has its own.
+
     def prepare(self, way, autocast=False, compiled=False):
         model, inputs = self.model(way)
         run = torch.compile(model) if compiled else model
@@ -61,7 +64,6 @@ class Network(Peer):
         parameters = list(model.parameters())
         optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
         average = [p.detach().clone() for p in parameters]
-        self.weights = {}  # The model has its own.
 
         def step():
             optimiser.zero_grad(set_to_none=True)

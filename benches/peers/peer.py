@@ -39,6 +39,9 @@ class Peer:
         """The largest difference from the other side's results, relative to their size."""
         raise NotImplementedError
 
+    def release(self):
+        """Drops what is no longer needed once the work is prepared."""
+
     def prepare(self, way, autocast=False, compiled=False):
         """A function without arguments that does the work once."""
         raise NotImplementedError
@@ -169,6 +172,7 @@ def memory(arguments):
     # Expected results would count as memory of the work.
     peer = build(arguments.name, arguments.folder, results=False)
     work = peer.prepare(arguments.way or peer.ways[0])
+    peer.release()
     for _ in range(arguments.calls):
         work()
     say(before_kb=before, peak_kb=status("VmHWM"))

@@ -10,10 +10,6 @@ pub(crate) trait Real: WithDType + std::ops::Neg<Output = Self> {
     type V<S: Simd>: Vector<Self>;
     /// `self · b + c` with one rounding; call it through [`Simd::mul_add`].
     fn fused(self, b: Self, c: Self) -> Self;
-    fn exp(self) -> Self;
-    fn ln_1p(self) -> Self;
-    fn tanh(self) -> Self;
-    fn erf(self) -> Self;
 }
 
 impl Real for f32 {
@@ -22,18 +18,6 @@ impl Real for f32 {
     fn fused(self, b: Self, c: Self) -> Self {
         self.mul_add(b, c)
     }
-    fn exp(self) -> Self {
-        self.exp()
-    }
-    fn ln_1p(self) -> Self {
-        self.ln_1p()
-    }
-    fn tanh(self) -> Self {
-        self.tanh()
-    }
-    fn erf(self) -> Self {
-        libm::erff(self)
-    }
 }
 
 impl Real for f64 {
@@ -41,18 +25,6 @@ impl Real for f64 {
     #[inline(always)]
     fn fused(self, b: Self, c: Self) -> Self {
         self.mul_add(b, c)
-    }
-    fn exp(self) -> Self {
-        self.exp()
-    }
-    fn ln_1p(self) -> Self {
-        self.ln_1p()
-    }
-    fn tanh(self) -> Self {
-        self.tanh()
-    }
-    fn erf(self) -> Self {
-        libm::erf(self)
     }
 }
 

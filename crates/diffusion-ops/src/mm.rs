@@ -213,7 +213,8 @@ pub(crate) unsafe fn multiply<T: Real>(
     b: Right<T>,
     c: Product<T>,
 ) {
-    struct Block<T>(((usize, usize, usize), Left<T>, Right<T>, Product<T>));
+    type Operands<T> = ((usize, usize, usize), Left<T>, Right<T>, Product<T>);
+    struct Block<T>(Operands<T>);
     impl<T: Real> Kernel for Block<T> {
         type Out = ();
         #[inline(always)]

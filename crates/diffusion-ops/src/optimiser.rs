@@ -1,48 +1,24 @@
 //! What an optimiser does to all parameters of a model, in one pass over memory and one parallel
 //! region for all small ones: a network has hundreds of tensors, most of them tiny.
 
-use crate::cpu::{Real, by_float, half_on_cpu, native, slice};
-use crate::simd::{Kernel, Simd, dispatch};
-use candle_core::{
-    CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, WithDType, bail,
-};
+#[path = "optimiser_access.rs"]
+mod access;
+#[path = "optimiser_kernel.rs"]
+mod kernel;
+
+use crate::cpu::{by_float, half_on_cpu, native, slice};
+use crate::simd::dispatch;
+use access::{alike, cpu, memory, slice_mut, with};
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType, bail};
+use kernel::{Adam, Finite, Follow, Number, Numbers, Squares};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 
 /// Elements of one task. The sums of squares are taken task by task, so this decides their bits.
 const TASK: usize = 32_768;
 
 /// Tensors of at least so many elements are cut into tasks, others are grouped into one.
 const LARGE: usize = 4 * TASK;
-
-/// What the kernels here need beside [`Real`].
-trait Number: Real {
-    fn root(self) -> Self;
-    fn wide(self) -> f64;
-}
-
-impl Number for f32 {
-    #[inline(always)]
-    fn root(self) -> Self {
-        self.sqrt()
-    }
-    #[inline(always)]
-    fn wide(self) -> f64 {
-        f64::from(self)
-    }
-}
-
-impl Number for f64 {
-    #[inline(always)]
-    fn root(self) -> Self {
-        self.sqrt()
-    }
-    #[inline(always)]
-    fn wide(self) -> f64 {
-        self
-    }
-}
 
 /// The numbers of one update of [`adamw_step`]; they differ between parameters only because each
 /// counts its updates by itself.
@@ -311,130 +287,6 @@ fn elsewhere(t: &Tensor, job: Job) -> Result<Tensor> {
     }
 }
 
-const LANES: usize = 32;
-
-/// Σ x² in partial sums enough to keep a vector unit busy.
-struct Squares<'a, T>(&'a [T]);
-
-impl<T: Number> Kernel for Squares<'_, T> {
-    type Out = f64;
-    #[inline(always)]
-    fn run<S: Simd>(self) -> f64 {
-        let mut lanes = [0.0f64; LANES];
-        let (chunks, rest) = self.0.as_chunks::<LANES>();
-        for chunk in chunks {
-            for k in 0..LANES {
-                let x = chunk[k].wide();
-                lanes[k] = S::mul_add(x, x, lanes[k]);
-            }
-        }
-        for (k, x) in rest.iter().enumerate() {
-            let x = x.wide();
-            lanes[k] = S::mul_add(x, x, lanes[k]);
-        }
-        lanes.iter().sum()
-    }
-}
-
-struct Finite<'a, T>(&'a [T]);
-
-impl<T: Number> Kernel for Finite<'_, T> {
-    type Out = bool;
-    #[inline(always)]
-    fn run<S: Simd>(self) -> bool {
-        let mut bad = false;
-        for &x in self.0 {
-            // NaN for NaN and infinities, else 0.
-            bad |= x - x != T::zero();
-        }
-        !bad
-    }
-}
-
-/// The moving average.
-struct Follow<'a, T> {
-    s: &'a mut [T],
-    p: &'a [T],
-    pull: T,
-}
-
-impl<T: Number> Kernel for Follow<'_, T> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        for (s, &p) in self.s.iter_mut().zip(self.p) {
-            *s -= self.pull * (*s - p);
-        }
-    }
-}
-
-/// AdamW, and the moving average after it.
-struct Adam<'a, T> {
-    p: &'a mut [T],
-    m: &'a mut [T],
-    v: &'a mut [T],
-    g: &'a [T],
-    s: Option<&'a mut [T]>,
-    c: Numbers<T>,
-}
-
-#[derive(Clone, Copy)]
-struct Numbers<T> {
-    scale: T,
-    keep: [T; 2],
-    add: [T; 2],
-    decay: T,
-    rate: T,
-    root: T,
-    eps: T,
-    pull: T,
-}
-
-impl<T: Number> Adam<'_, T> {
-    /// The new parameter. Products and sums are rounded one by one, so that the bits are those of
-    /// the formula at every level.
-    #[inline(always)]
-    fn descend(c: &Numbers<T>, p: T, m: &mut T, v: &mut T, g: T) -> T {
-        let g = g * c.scale;
-        *m = c.keep[0] * *m + c.add[0] * g;
-        *v = c.keep[1] * *v + c.add[1] * g * g;
-        c.decay * p - c.rate * *m / (v.root() * c.root + c.eps)
-    }
-}
-
-impl<T: Number> Kernel for Adam<'_, T> {
-    type Out = bool;
-    #[inline(always)]
-    fn run<S: Simd>(self) -> bool {
-        let Self { p, m, v, g, s, c } = self;
-        let n = p.len();
-        let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
-        let mut bad = false;
-        match s {
-            Some(s) => {
-                let s = &mut s[..n];
-                for i in 0..n {
-                    let new = Self::descend(&c, p[i], &mut m[i], &mut v[i], g[i]);
-                    let finite = new - new == T::zero();
-                    bad |= !finite;
-                    p[i] = new;
-                    // A number that is not finite must not reach the average.
-                    let follow = s[i] - c.pull * (s[i] - new);
-                    s[i] = if finite { follow } else { s[i] };
-                }
-            }
-            None => {
-                for i in 0..n {
-                    let new = Self::descend(&c, p[i], &mut m[i], &mut v[i], g[i]);
-                    bad |= new - new != T::zero();
-                    p[i] = new;
-                }
-            }
-        }
-        !bad
-    }
-}
-
 type Locked<'a> = (&'a mut CpuStorage, &'a Layout);
 
 /// The tensors of one parameter that are written, while they are locked.
@@ -521,113 +373,6 @@ fn for_each<R: Send + Clone>(
             Ok::<(), candle_core::Error>(())
         })?;
     Ok(all.into_iter().flatten().collect())
-}
-
-/// Runs a function on the locked storage of a tensor.
-fn with<R: Send>(
-    tensor: &Tensor,
-    f: impl FnOnce((&mut CpuStorage, &Layout)) -> Result<R> + Send,
-) -> Result<R> {
-    struct Once<F, R>(Mutex<(Option<F>, Option<R>)>);
-    impl<F, R> InplaceOp1 for Once<F, R>
-    where
-        F: FnOnce((&mut CpuStorage, &Layout)) -> Result<R>,
-    {
-        fn name(&self) -> &'static str {
-            "update"
-        }
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let taken = match self.0.lock() {
-                Ok(mut slot) => slot.0.take(),
-                Err(_) => None,
-            };
-            let Some(f) = taken else {
-                bail!("update: the operation was applied twice")
-            };
-            let result = f((storage, layout))?;
-            if let Ok(mut slot) = self.0.lock() {
-                slot.1 = Some(result);
-            }
-            Ok(())
-        }
-    }
-    let once = Once(Mutex::new((Some(f), None)));
-    tensor.inplace_op1(&once)?;
-    match once.0.into_inner() {
-        Ok((_, Some(result))) => Ok(result),
-        _ => bail!("update: the tensor is on another device"),
-    }
-}
-
-fn slice_mut<'a, T: WithDType>(s: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [T]>
-where
-    T: Storable,
-{
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("update: an update in place takes contiguous tensors")
-    };
-    match T::values(s) {
-        Some(values) => Ok(&mut values[start..end]),
-        None => bail!("update: element types differ"),
-    }
-}
-
-/// Element types with a vector in [`CpuStorage`].
-trait Storable: Sized {
-    fn values(s: &mut CpuStorage) -> Option<&mut Vec<Self>>;
-}
-
-impl Storable for f32 {
-    fn values(s: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        match s {
-            CpuStorage::F32(v) => Some(v),
-            _ => None,
-        }
-    }
-}
-
-impl Storable for f64 {
-    fn values(s: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        match s {
-            CpuStorage::F64(v) => Some(v),
-            _ => None,
-        }
-    }
-}
-
-fn cpu(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(s) => Ok(s),
-        _ => bail!("update: the tensor is on another device"),
-    }
-}
-
-/// The address of a tensor's memory, which tells whether two tensors share it; empty tensors have
-/// addresses of their own.
-fn memory(t: &Tensor) -> Result<(usize, usize)> {
-    let (guard, _) = t.storage_and_layout();
-    let address = match cpu(&guard)? {
-        CpuStorage::F32(v) if !v.is_empty() => v.as_ptr().addr(),
-        CpuStorage::F64(v) if !v.is_empty() => v.as_ptr().addr(),
-        storage => return Ok((0, std::ptr::from_ref(storage).addr())),
-    };
-    Ok((1, address))
-}
-
-fn alike(op: &str, i: usize, a: &Tensor, b: &Tensor) -> Result<()> {
-    if !updates_in_place(b) {
-        bail!("{op}: parameter {i}: expected contiguous f32 or f64 tensors on the CPU")
-    }
-    if a.shape() != b.shape() || a.dtype() != b.dtype() {
-        bail!(
-            "{op}: parameter {i} is {:?} {:?}, but something that belongs to it {:?} {:?}",
-            a.dtype(),
-            a.dims(),
-            b.dtype(),
-            b.dims()
-        )
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -35,7 +35,14 @@ pub(super) fn gradients<T: Real>(
     inputs: &Inputs<T>,
     mask: Option<Mask<T>>,
 ) -> [Option<Vec<T>>; 3] {
-    let Sizes { batch, heads, n, s, d, e } = sizes;
+    let Sizes {
+        batch,
+        heads,
+        n,
+        s,
+        d,
+        e,
+    } = sizes;
     let at_once = sizes.keys_at_once();
     // Parts of the keys, each with its own share of ∂Q to be added up in the end.
     let parts = sizes.parts(s);
@@ -64,14 +71,19 @@ pub(super) fn gradients<T: Real>(
                     ],
                 };
                 let work = 2 * sizes.work(parts);
-                for_each_task(batch * heads * parts, work, Scratch::new, |scratch, task| {
-                    let (head, part) = (task / parts, task % parts);
-                    let keys = (part * per_part, s.min((part + 1) * per_part));
-                    scratch.prepare(&job);
-                    // SAFETY: these keys' rows of ∂K and ∂V are this task's, and so is this head's
-                    // place in this part's share of ∂Q.
-                    unsafe { job.run(head, keys, part * len_q, scratch) };
-                });
+                for_each_task(
+                    batch * heads * parts,
+                    work,
+                    Scratch::new,
+                    |scratch, task| {
+                        let (head, part) = (task / parts, task % parts);
+                        let keys = (part * per_part, s.min((part + 1) * per_part));
+                        scratch.prepare(&job);
+                        // SAFETY: these keys' rows of ∂K and ∂V are this task's, and so is this head's
+                        // place in this part's share of ∂Q.
+                        unsafe { job.run(head, keys, part * len_q, scratch) };
+                    },
+                );
             };
             // SAFETY: the parts cover the keys of all heads; see `Job::run` for the order.
             dv = unsafe { buffer(len_v, fill_v) };
@@ -92,7 +104,11 @@ pub(super) fn gradients<T: Real>(
         });
         dq.truncate(len_q);
     }
-    [want_q.then_some(dq), want_k.then_some(dk), want_v.then_some(dv)]
+    [
+        want_q.then_some(dq),
+        want_k.then_some(dk),
+        want_v.then_some(dv),
+    ]
 }
 
 struct Scratch<T> {
@@ -176,7 +192,14 @@ impl<T: Real> Job<'_, T> {
             if want_q || want_k {
                 let (y, g) = (view(&inputs.y, 0), view(&inputs.grad, 0));
                 let (y_row, g_row) = (inputs.y.row(), inputs.grad.row());
-                dispatch(Delta { y, y_row, g, g_row, e, delta: &mut scratch.delta });
+                dispatch(Delta {
+                    y,
+                    y_row,
+                    g,
+                    g_row,
+                    e,
+                    delta: &mut scratch.delta,
+                });
             }
             for key in (first..last).step_by(self.at_once) {
                 let keys = self.at_once.min(last - key);
@@ -195,12 +218,28 @@ impl<T: Real> Job<'_, T> {
                     let q = rows(&inputs.q, (query, count), &mut scratch.query_rows);
                     let g = rows(&inputs.grad, (query, count), &mut scratch.grad_rows);
                     let (p, t) = (scratch.p.as_mut_ptr(), scratch.t.as_mut_ptr());
-                    let a = Left { at: q, row: d, step: 1 };
-                    let c = Product { at: p, row, add: false };
+                    let a = Left {
+                        at: q,
+                        row: d,
+                        step: 1,
+                    };
+                    let c = Product {
+                        at: p,
+                        row,
+                        add: false,
+                    };
                     times_panels((count, keys, d), (0, keys), a, scratch.keys.as_ptr(), c);
                     if want_q || want_k {
-                        let a = Left { at: g, row: e, step: 1 };
-                        let c = Product { at: t, row, add: false };
+                        let a = Left {
+                            at: g,
+                            row: e,
+                            step: 1,
+                        };
+                        let c = Product {
+                            at: t,
+                            row,
+                            add: false,
+                        };
                         times_panels((count, keys, e), (0, keys), a, scratch.values.as_ptr(), c);
                     }
                     dispatch(Scores {
@@ -214,22 +253,54 @@ impl<T: Real> Job<'_, T> {
                         delta: &scratch.delta,
                     });
                     if want_v {
-                        let a = Left { at: p, row: 1, step: row };
+                        let a = Left {
+                            at: p,
+                            row: 1,
+                            step: row,
+                        };
                         let at = self.grads[2].at(head_v + key * rows_v);
-                        let c = Product { at, row: rows_v, add: query > 0 };
+                        let c = Product {
+                            at,
+                            row: rows_v,
+                            add: query > 0,
+                        };
                         multiply((keys, e, count), a, Right { at: g, step: e }, c);
                     }
                     if want_k {
-                        let a = Left { at: t, row: 1, step: row };
+                        let a = Left {
+                            at: t,
+                            row: 1,
+                            step: row,
+                        };
                         let at = self.grads[1].at(head_k + key * rows_k);
-                        let c = Product { at, row: rows_k, add: query > 0 };
+                        let c = Product {
+                            at,
+                            row: rows_k,
+                            add: query > 0,
+                        };
                         multiply((keys, d, count), a, Right { at: q, step: d }, c);
                     }
                     if want_q {
-                        let a = Left { at: t, row, step: 1 };
+                        let a = Left {
+                            at: t,
+                            row,
+                            step: 1,
+                        };
                         let at = self.grads[0].at(share + head_q + query * rows_q);
-                        let c = Product { at, row: rows_q, add: key > first };
-                        multiply((count, d, keys), a, Right { at: key_rows, step: d }, c);
+                        let c = Product {
+                            at,
+                            row: rows_q,
+                            add: key > first,
+                        };
+                        multiply(
+                            (count, d, keys),
+                            a,
+                            Right {
+                                at: key_rows,
+                                step: d,
+                            },
+                            c,
+                        );
                     }
                 }
             }
@@ -282,17 +353,26 @@ impl<T: Real> Kernel for Scores<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Job { sizes, inputs, mask, .. } = self.job;
+        let Job {
+            sizes,
+            inputs,
+            mask,
+            ..
+        } = self.job;
         let (scale, (query, count)) = (inputs.scale, self.queries);
         let only_p = !(inputs.wanted[0] || inputs.wanted[1]);
-        let lines = self.p.chunks_exact_mut(self.row).zip(self.t.chunks_exact_mut(self.row));
+        let lines = self
+            .p
+            .chunks_exact_mut(self.row)
+            .zip(self.t.chunks_exact_mut(self.row));
         for (i, (p, t)) in lines.take(count).enumerate() {
             let (p, t) = (&mut p[..self.keys.1], &mut t[..self.keys.1]);
             let mask = mask.map(|m| m.row(sizes, self.head, query + i, self.keys));
             scale_and_mask::<S, T>(p, scale, mask);
             let normaliser = inputs.normaliser[self.head * sizes.n + query + i];
             if only_p {
-                p.iter_mut().for_each(|p| *p = exp_nonpositive::<S, T>(*p - normaliser));
+                p.iter_mut()
+                    .for_each(|p| *p = exp_nonpositive::<S, T>(*p - normaliser));
                 continue;
             }
             let delta = self.delta[query + i];

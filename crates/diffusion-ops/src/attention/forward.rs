@@ -22,7 +22,14 @@ pub(super) fn attend<T: Real>(
     mask: Option<Mask<T>>,
     scale: f64,
 ) -> (Vec<T>, Vec<T>) {
-    let Sizes { batch, heads, n, s, e, .. } = sizes;
+    let Sizes {
+        batch,
+        heads,
+        n,
+        s,
+        e,
+        ..
+    } = sizes;
     let parts = sizes.parts(n);
     let per_part = n.div_ceil(parts).next_multiple_of(8);
     let mut normaliser = vec![T::zero(); batch * heads * n];
@@ -30,24 +37,43 @@ pub(super) fn attend<T: Real>(
     let fill = |out: &mut [T]| {
         let out = Shared::new(out);
         let strides = axes.strides(&sizes, n, e);
-        for_each_task(batch * heads * parts, sizes.work(parts), Scratch::new, |scratch, task| {
-            let (head, part) = (task / parts, task % parts);
-            let (first, last) = (n.min(part * per_part), n.min((part + 1) * per_part));
-            if first < last {
-                scratch.prepare(&sizes, last - first);
-                let job = Job { sizes, q, k, v, mask, scale: T::from_f64(scale), out, strides };
-                // SAFETY: these queries' rows of the output and of the sums are this task's.
-                unsafe {
-                    job.run(head, (first, last), scratch);
-                    let to = std::slice::from_raw_parts_mut(sums.at(head * n + first), last - first);
-                    for (i, to) in to.iter_mut().enumerate() {
-                        let (max, sum) = (scratch.max[i].to_f64(), scratch.sum[i].to_f64());
-                        let hidden = sum == 0.0;
-                        *to = T::from_f64(if hidden { f64::INFINITY } else { max + sum.ln() });
+        for_each_task(
+            batch * heads * parts,
+            sizes.work(parts),
+            Scratch::new,
+            |scratch, task| {
+                let (head, part) = (task / parts, task % parts);
+                let (first, last) = (n.min(part * per_part), n.min((part + 1) * per_part));
+                if first < last {
+                    scratch.prepare(&sizes, last - first);
+                    let job = Job {
+                        sizes,
+                        q,
+                        k,
+                        v,
+                        mask,
+                        scale: T::from_f64(scale),
+                        out,
+                        strides,
+                    };
+                    // SAFETY: these queries' rows of the output and of the sums are this task's.
+                    unsafe {
+                        job.run(head, (first, last), scratch);
+                        let to =
+                            std::slice::from_raw_parts_mut(sums.at(head * n + first), last - first);
+                        for (i, to) in to.iter_mut().enumerate() {
+                            let (max, sum) = (scratch.max[i].to_f64(), scratch.sum[i].to_f64());
+                            let hidden = sum == 0.0;
+                            *to = T::from_f64(if hidden {
+                                f64::INFINITY
+                            } else {
+                                max + sum.ln()
+                            });
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     };
     debug_assert!(s > 0);
     // SAFETY: the tasks cover the output, and write each row before they read it.
@@ -115,7 +141,10 @@ impl<T: Real> Job<'_, T> {
     /// No other task uses these rows of the output.
     unsafe fn run(&self, head: usize, (first, last): (usize, usize), scratch: &mut Scratch<T>) {
         let Sizes { s, d, e, .. } = self.sizes;
-        let (at_once, row) = (self.sizes.keys_at_once(), score_row(self.sizes.keys_at_once()));
+        let (at_once, row) = (
+            self.sizes.keys_at_once(),
+            score_row(self.sizes.keys_at_once()),
+        );
         let mut key = 0;
         while key < s {
             let keys = at_once.min(s - key);
@@ -124,17 +153,35 @@ impl<T: Real> Job<'_, T> {
             unsafe {
                 for panel in panels(keys) {
                     let to = scratch.keys.as_mut_ptr().add(panel.0 * d);
-                    pack_transposed(self.k.at(&self.sizes, head, key), self.k.row(), d, panel, to);
+                    pack_transposed(
+                        self.k.at(&self.sizes, head, key),
+                        self.k.row(),
+                        d,
+                        panel,
+                        to,
+                    );
                 }
-                let values = self.v.rows(&self.sizes, head, (key, keys), &mut scratch.values);
+                let values = self
+                    .v
+                    .rows(&self.sizes, head, (key, keys), &mut scratch.values);
                 for query in (first..last).step_by(QUERIES) {
                     let count = QUERIES.min(last - query);
                     let block = (query, count);
                     let at = self.q.rows(&self.sizes, head, block, &mut scratch.queries);
-                    let a = Left { at, row: d, step: 1 };
-                    let c = Product { at: scratch.scores.as_mut_ptr(), row, add: false };
+                    let a = Left {
+                        at,
+                        row: d,
+                        step: 1,
+                    };
+                    let c = Product {
+                        at: scratch.scores.as_mut_ptr(),
+                        row,
+                        add: false,
+                    };
                     times_panels((count, keys, d), (0, keys), a, scratch.keys.as_ptr(), c);
-                    let out = self.out.at(self.strides.head(&self.sizes, head) + query * self.strides.row);
+                    let out = self
+                        .out
+                        .at(self.strides.head(&self.sizes, head) + query * self.strides.row);
                     let state = query - first..query - first + count;
                     dispatch(Softmax {
                         job: self,
@@ -147,9 +194,25 @@ impl<T: Real> Job<'_, T> {
                         sum: &mut scratch.sum[state.clone()],
                         out,
                     });
-                    let a = Left { at: scratch.scores.as_ptr(), row, step: 1 };
-                    let c = Product { at: out, row: self.strides.row, add: key > 0 };
-                    multiply((count, e, keys), a, Right { at: values, step: e }, c);
+                    let a = Left {
+                        at: scratch.scores.as_ptr(),
+                        row,
+                        step: 1,
+                    };
+                    let c = Product {
+                        at: out,
+                        row: self.strides.row,
+                        add: key > 0,
+                    };
+                    multiply(
+                        (count, e, keys),
+                        a,
+                        Right {
+                            at: values,
+                            step: e,
+                        },
+                        c,
+                    );
                     if key + keys == s {
                         let (sum, row) = (&scratch.sum[state], self.strides.row);
                         dispatch(Finish { sum, out, row, e });
@@ -182,10 +245,19 @@ impl<T: Real> Kernel for Softmax<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Job { sizes, mask, scale, strides, .. } = *self.job;
+        let Job {
+            sizes,
+            mask,
+            scale,
+            strides,
+            ..
+        } = *self.job;
         let lowest = real::<T>(f64::NEG_INFINITY);
         let (_, keys) = self.keys;
-        let lines = self.scores.chunks_exact_mut(self.row).zip(self.max.iter_mut().zip(self.sum));
+        let lines = self
+            .scores
+            .chunks_exact_mut(self.row)
+            .zip(self.max.iter_mut().zip(self.sum));
         for (i, (line, (max, sum))) in lines.enumerate() {
             let line = &mut line[..keys.next_multiple_of(LANES)];
             let mask = mask.map(|m| m.row(&sizes, self.head, self.query + i, self.keys));
@@ -235,7 +307,9 @@ pub(super) fn scale_and_mask<S: Simd, T: Real>(
     match mask {
         None => scores.iter_mut().for_each(|s| *s *= scale),
         Some(MaskRow::All(m)) => {
-            scores.iter_mut().for_each(|s| *s = S::mul_add(*s, scale, m));
+            scores
+                .iter_mut()
+                .for_each(|s| *s = S::mul_add(*s, scale, m));
         }
         Some(MaskRow::Each(mask)) => {
             for (s, m) in scores.iter_mut().zip(mask) {

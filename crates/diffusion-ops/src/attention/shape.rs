@@ -47,8 +47,16 @@ impl Axes {
     pub(super) fn strides(self, sizes: &Sizes, n: usize, width: usize) -> Strides {
         let batch = sizes.heads * n * width;
         match self {
-            Self::HeadsFirst => Strides { batch, head: n * width, row: width },
-            Self::HeadsLast(_) => Strides { batch, head: width, row: sizes.heads * width },
+            Self::HeadsFirst => Strides {
+                batch,
+                head: n * width,
+                row: width,
+            },
+            Self::HeadsLast(_) => Strides {
+                batch,
+                head: width,
+                row: sizes.heads * width,
+            },
         }
     }
 
@@ -97,7 +105,14 @@ impl Sizes {
         if (kb, kh, kd) != (batch, heads, d) || (vb, vh, vs) != (batch, heads, s) {
             bail!("{NAME}: q {q:?}, k {k:?} and v {v:?} don't fit each other")
         }
-        Ok(Self { batch, heads, n, s, d, e })
+        Ok(Self {
+            batch,
+            heads,
+            n,
+            s,
+            d,
+            e,
+        })
     }
 
     /// Keys that are handled at once: as many as keep their parts of all matrices in the cache.
@@ -108,7 +123,9 @@ impl Sizes {
 
     /// Into how many parts to divide `rows` of each head, so that a few threads find work.
     pub(super) fn parts(&self, rows: usize) -> usize {
-        8usize.div_ceil(self.batch * self.heads).min(rows.div_ceil(QUERIES))
+        8usize
+            .div_ceil(self.batch * self.heads)
+            .min(rows.div_ceil(QUERIES))
     }
 
     /// About what one of `parts` parts of a head costs, in elementwise operations.
@@ -157,10 +174,16 @@ impl<'a, T: WithDType> View<'a, T> {
             (Axes::HeadsFirst, &[batch, head, row, last]) if last == 1 || width == 1 => {
                 Strides { batch, head, row }
             }
-            (Axes::HeadsLast(_), &[batch, row, 1]) => Strides { batch, head: width, row },
-            (Axes::HeadsLast(1), &[batch, row, _]) if width == 1 => {
-                Strides { batch, head: width, row }
-            }
+            (Axes::HeadsLast(_), &[batch, row, 1]) => Strides {
+                batch,
+                head: width,
+                row,
+            },
+            (Axes::HeadsLast(1), &[batch, row, _]) if width == 1 => Strides {
+                batch,
+                head: width,
+                row,
+            },
             (_, stride) => bail!("{NAME}: strides {stride:?}, expected a contiguous last axis"),
         };
         let reach = layout.dims().iter().zip(layout.stride());
@@ -168,7 +191,11 @@ impl<'a, T: WithDType> View<'a, T> {
         if last >= data.len() {
             bail!("{NAME}: a layout that reaches beyond its storage")
         }
-        Ok(Self { data, strides, width })
+        Ok(Self {
+            data,
+            strides,
+            width,
+        })
     }
 
     /// Elements from one row to the next.
@@ -223,7 +250,10 @@ impl<'a, T: WithDType> Mask<'a, T> {
     pub(super) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let data = &T::cpu_storage_as_slice(storage)?[layout.start_offset()..];
         match *layout.stride() {
-            [b, h, n, s] if s <= 1 => Ok(Self { data, strides: [b, h, n, s] }),
+            [b, h, n, s] if s <= 1 => Ok(Self {
+                data,
+                strides: [b, h, n, s],
+            }),
             ref stride => bail!("{NAME}: a mask with the strides {stride:?}"),
         }
     }

@@ -39,56 +39,82 @@ pub(super) fn product<T: Real>(
     let pack = |packed: &mut [T]| {
         let packed = Shared::new(packed);
         let count = if k > 0 { columns.len() } else { 0 };
-        for_each_task(count, 48 * k / MOVE, || (), |(), i| {
-            let panel = columns[i];
-            // SAFETY: panel `start` has the elements `start · k .. (start + width) · k` of the
-            // buffer to itself, and w has the n · k elements that the order says.
-            unsafe {
-                let to = packed.at(panel.0 * k);
-                match order {
-                    Right2d::Plain => pack_rows(w.as_ptr(), n, k, panel, to),
-                    Right2d::Transposed => pack_transposed(w.as_ptr(), k, k, panel, to),
+        for_each_task(
+            count,
+            48 * k / MOVE,
+            || (),
+            |(), i| {
+                let panel = columns[i];
+                // SAFETY: panel `start` has the elements `start · k .. (start + width) · k` of the
+                // buffer to itself, and w has the n · k elements that the order says.
+                unsafe {
+                    let to = packed.at(panel.0 * k);
+                    match order {
+                        Right2d::Plain => pack_rows(w.as_ptr(), n, k, panel, to),
+                        Right2d::Transposed => pack_transposed(w.as_ptr(), k, k, panel, to),
+                    }
                 }
-            }
-        });
+            },
+        );
     };
     // SAFETY: the panels cover the buffer.
     let packed = unsafe { buffer(n * k, pack) };
     // Longer blocks read the packed matrix less often.
-    let rows = if m >= 2 * ROWS * TASKS { 2 * ROWS } else { ROWS };
+    let rows = if m >= 2 * ROWS * TASKS {
+        2 * ROWS
+    } else {
+        ROWS
+    };
     let blocks = m.div_ceil(rows);
     let per_group = columns.len().div_ceil(TASKS.div_ceil(blocks.max(1))).max(1);
     let groups = columns.len().div_ceil(per_group);
     let fill = |y: &mut [T]| {
         let y = Shared::new(y);
         let work = rows.min(m) * (per_group * 48).min(n) * k / DENSE;
-        for_each_task(blocks * groups, work, || (), |(), task| {
-            let (block, group) = (task / groups, task % groups);
-            let (first, last) = (block * rows, m.min((block + 1) * rows));
-            let mine = &columns[group * per_group..columns.len().min((group + 1) * per_group)];
-            let from = mine[0].0;
-            let to = mine.last().map_or(from, |(start, width)| start + width);
-            // SAFETY: the task writes the columns `from .. to` of its rows, all of them, before it
-            // adds to them; no other task touches them.
-            unsafe {
-                let at = y.at(first * n + from);
-                for i in 0..last - first {
-                    let row = at.add(i * n);
-                    match bias {
-                        Some(bias) => {
-                            std::ptr::copy_nonoverlapping(bias[from..to].as_ptr(), row, to - from);
+        for_each_task(
+            blocks * groups,
+            work,
+            || (),
+            |(), task| {
+                let (block, group) = (task / groups, task % groups);
+                let (first, last) = (block * rows, m.min((block + 1) * rows));
+                let mine = &columns[group * per_group..columns.len().min((group + 1) * per_group)];
+                let from = mine[0].0;
+                let to = mine.last().map_or(from, |(start, width)| start + width);
+                // SAFETY: the task writes the columns `from .. to` of its rows, all of them, before it
+                // adds to them; no other task touches them.
+                unsafe {
+                    let at = y.at(first * n + from);
+                    for i in 0..last - first {
+                        let row = at.add(i * n);
+                        match bias {
+                            Some(bias) => {
+                                std::ptr::copy_nonoverlapping(
+                                    bias[from..to].as_ptr(),
+                                    row,
+                                    to - from,
+                                );
+                            }
+                            None if k == 0 => {
+                                (0..to - from).for_each(|j| row.add(j).write(T::zero()));
+                            }
+                            None => {}
                         }
-                        None if k == 0 => {
-                            (0..to - from).for_each(|j| row.add(j).write(T::zero()));
-                        }
-                        None => {}
                     }
+                    let a = Left {
+                        at: x.as_ptr().add(first * k),
+                        row: k,
+                        step: 1,
+                    };
+                    let c = Product {
+                        at,
+                        row: n,
+                        add: bias.is_some(),
+                    };
+                    times_panels((last - first, n, k), (from, to), a, packed.as_ptr(), c);
                 }
-                let a = Left { at: x.as_ptr().add(first * k), row: k, step: 1 };
-                let c = Product { at, row: n, add: bias.is_some() };
-                times_panels((last - first, n, k), (from, to), a, packed.as_ptr(), c);
-            }
-        });
+            },
+        );
     };
     // SAFETY: the tasks cover y, and each writes its part before it reads it.
     unsafe { buffer(m * n, fill) }
@@ -119,7 +145,11 @@ pub(super) fn weight_gradient<T: Real>(
     // Without inputs there are still the sums.
     let count = |tall, wide| outputs.div_ceil(tall) * inputs.div_ceil(wide).max(1);
     while count(tall, wide) < TASKS && (tall > 32 || wide > 96) {
-        if wide > 96 && wide >= 2 * tall { wide /= 2 } else { tall /= 2 }
+        if wide > 96 && wide >= 2 * tall {
+            wide /= 2
+        } else {
+            tall /= 2
+        }
     }
     let across = inputs.div_ceil(wide).max(1);
     let columns: Vec<_> = panels(inputs).collect();
@@ -131,17 +161,24 @@ pub(super) fn weight_gradient<T: Real>(
         for first in (0..rows).step_by(at_once) {
             let some = at_once.min(rows - first);
             let to = Shared::new(&mut packed);
-            for_each_task(columns.len(), 48 * some / MOVE, || (), |(), i| {
-                let x = x[first * inputs..].as_ptr();
-                // SAFETY: the panel's part of the buffer is this task's, and x has these rows.
-                unsafe { pack_rows(x, inputs, some, columns[i], to.at(columns[i].0 * some)) };
-            });
+            for_each_task(
+                columns.len(),
+                48 * some / MOVE,
+                || (),
+                |(), i| {
+                    let x = x[first * inputs..].as_ptr();
+                    // SAFETY: the panel's part of the buffer is this task's, and x has these rows.
+                    unsafe { pack_rows(x, inputs, some, columns[i], to.at(columns[i].0 * some)) };
+                },
+            );
             let work = tall.min(outputs) * wide.min(inputs) * some / DENSE;
             let scratch = || vec![T::zero(); tall.div_ceil(SIDE) * GROUP];
             for_each_task(count(tall, wide), work, scratch, |left, task| {
                 let (o, i) = (task / across * tall, task % across * wide);
                 let height = tall.min(outputs - o);
-                let mine = columns.iter().filter(|(start, _)| (i..i + wide).contains(start));
+                let mine = columns
+                    .iter()
+                    .filter(|(start, _)| (i..i + wide).contains(start));
                 for from in (0..some).step_by(STEPS) {
                     let terms = STEPS.min(some - from);
                     // SAFETY: outputs `o .. o + height` by the inputs of the panels are this
@@ -149,16 +186,35 @@ pub(super) fn weight_gradient<T: Real>(
                     // the packed rows have these terms.
                     unsafe {
                         let g = g[(first + from) * outputs + o..].as_ptr();
-                        let sums = if i == 0 { sums.at(o) } else { std::ptr::null_mut() };
-                        dispatch(PackLeft { g, row: outputs, terms, height, to: left, sums });
+                        let sums = if i == 0 {
+                            sums.at(o)
+                        } else {
+                            std::ptr::null_mut()
+                        };
+                        dispatch(PackLeft {
+                            g,
+                            row: outputs,
+                            terms,
+                            height,
+                            to: left,
+                            sums,
+                        });
                         for &(start, width) in mine.clone() {
                             let at = packed[start * some + from * width..].as_ptr();
                             let b = Right { at, step: width };
                             for p in (0..height).step_by(SIDE) {
                                 let at = left[p / SIDE * GROUP..].as_ptr();
-                                let a = Left { at, row: 1, step: SIDE };
+                                let a = Left {
+                                    at,
+                                    row: 1,
+                                    step: SIDE,
+                                };
                                 let at = dw.at((o + p) * inputs + start);
-                                let c = Product { at, row: inputs, add: first + from > 0 };
+                                let c = Product {
+                                    at,
+                                    row: inputs,
+                                    add: first + from > 0,
+                                };
                                 multiply((SIDE.min(height - p), width, terms), a, b, c);
                             }
                         }
@@ -187,7 +243,14 @@ impl<T: Real> Kernel for PackLeft<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Self { g, row, terms, height, to, sums } = self;
+        let Self {
+            g,
+            row,
+            terms,
+            height,
+            to,
+            sums,
+        } = self;
         for s in 0..terms {
             // SAFETY: row s of g has `height` elements from here on, and `sums` as many.
             let line = unsafe { std::slice::from_raw_parts(g.add(s * row), height) };

@@ -19,7 +19,11 @@ pub(crate) fn panels(n: usize) -> impl Iterator<Item = (usize, usize)> {
     std::iter::from_fn(move || {
         let left = n - at;
         // A last panel of one vector would be slow; two of two vectors are not.
-        let width = if left > WIDTH && left <= 64 { 32 } else { left.min(WIDTH) };
+        let width = if left > WIDTH && left <= 64 {
+            32
+        } else {
+            left.min(WIDTH)
+        };
         let panel = (at, width);
         at += width;
         (width > 0).then_some(panel)
@@ -39,7 +43,13 @@ pub(crate) unsafe fn pack_transposed<T: Real>(
 ) {
     // SAFETY: row `start` is one of the rows.
     let src = unsafe { src.add(start * row) };
-    dispatch(Transpose { src, row, k, width, dst });
+    dispatch(Transpose {
+        src,
+        row,
+        k,
+        width,
+        dst,
+    });
 }
 
 /// Packs one panel: `dst[s · width + j] = src[s · step + start + j]`, s < k.
@@ -81,10 +91,20 @@ pub(crate) unsafe fn times_panels<T: Real>(
         for (start, width) in panels(n).filter(mine) {
             // SAFETY: the panel and the terms lie inside the sizes that the caller vouches for.
             unsafe {
-                let a = Left { at: a.at.add(from * a.step), ..a };
-                let b = Right { at: b.add(start * k + from * width), step: width };
+                let a = Left {
+                    at: a.at.add(from * a.step),
+                    ..a
+                };
+                let b = Right {
+                    at: b.add(start * k + from * width),
+                    step: width,
+                };
                 let add = c.add || from > 0;
-                let c = Product { at: c.at.add(start - columns.0), row: c.row, add };
+                let c = Product {
+                    at: c.at.add(start - columns.0),
+                    row: c.row,
+                    add,
+                };
                 multiply((m, width, terms), a, b, c);
             }
         }
@@ -104,7 +124,13 @@ impl<T: Real> Kernel for Transpose<T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Self { src, row, k, width, dst } = self;
+        let Self {
+            src,
+            row,
+            k,
+            width,
+            dst,
+        } = self;
         let lanes = T::V::<S>::LANES;
         let (whole_k, whole_width) = (k - k % lanes, width - width % lanes);
         // SAFETY: `pack_transposed` has the caller vouch for both sides; s < k and j < width.

@@ -144,7 +144,11 @@ fn any_number_of_threads() -> Result<()> {
         same_bits_on_any_number_of_threads(|| {
             let mut out = vec![];
             for rows in [9, 1100] {
-                let t = [inputs[0].narrow(0, 0, rows)?, inputs[1].clone(), inputs[2].clone()];
+                let t = [
+                    inputs[0].narrow(0, 0, rows)?,
+                    inputs[1].clone(),
+                    inputs[2].clone(),
+                ];
                 let v: Vec<Var> = t.iter().map(Var::from_tensor).collect::<Result<_>>()?;
                 let y = linear(&v[0], &v[1], Some(&v[2]))?;
                 let grads = y.sqr()?.sum_all()?.backward()?;
