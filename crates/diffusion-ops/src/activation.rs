@@ -407,8 +407,9 @@ fn map_slope<F: Function, T: Real>(x: &[T], grad: &[T]) -> CpuStorage {
             });
         });
     };
-    // SAFETY: as in `map`; a gradient of another length than x would leave elements unwritten.
+    // A gradient of another length would leave elements unwritten.
     assert_eq!(x.len(), grad.len());
+    // SAFETY: as in `map`.
     unsafe { written(x.len(), fill) }
 }
 
