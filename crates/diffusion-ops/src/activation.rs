@@ -389,7 +389,6 @@ fn map<F: Function, T: Real>(x: &[T]) -> CpuStorage {
         });
     };
     // SAFETY: the chunks cover the output, of which every element is written and none read.
-    // SAFETY: the chunks cover all of `out`, and each is written whole.
     unsafe { written(x.len(), fill) }
 }
 
