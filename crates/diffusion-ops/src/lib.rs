@@ -21,8 +21,8 @@ mod conv;
 mod cpu;
 mod dropout;
 mod embedding;
-mod gradient;
 mod gate;
+mod gradient;
 mod group_norm;
 mod layer_norm;
 mod linear;
@@ -47,8 +47,8 @@ pub use attention::{attention, attention_heads};
 pub use bias::add_bias;
 pub use combine::{combine, combine_each};
 pub use conv::{
-    Padding, WINOGRAD_VARIABLE, Winograd, conv_transpose1d, conv_transpose2d, conv1d, conv2d, set_winograd,
-    winograd,
+    Padding, WINOGRAD_VARIABLE, Winograd, conv_transpose1d, conv_transpose2d, conv1d, conv2d,
+    set_winograd, winograd,
 };
 pub use dropout::dropout;
 pub use embedding::timestep_embedding;

@@ -240,14 +240,29 @@ mod tests {
                 .map(|i| T::from_f64(((i * 37 + seed) % 101) as f64 / 50.0 - 1.0))
                 .collect()
         };
-        let (row, step) = if columns_first { (1, m + 2) } else { (k + 3, 1) };
+        let (row, step) = if columns_first {
+            (1, m + 2)
+        } else {
+            (k + 3, 1)
+        };
         let (a, b) = (of((m + 2) * (k + 3), 1), of(k * (n + 1), 5));
         let before = of(m * (n + 4), 9);
         let mut c = before.clone();
         let (b_step, c_row) = (n + 1, n + 4);
-        let left = Left { at: a.as_ptr(), row, step };
-        let right = Right { at: b.as_ptr(), step: b_step };
-        let product = Product { at: c.as_mut_ptr(), row: c_row, add };
+        let left = Left {
+            at: a.as_ptr(),
+            row,
+            step,
+        };
+        let right = Right {
+            at: b.as_ptr(),
+            step: b_step,
+        };
+        let product = Product {
+            at: c.as_mut_ptr(),
+            row: c_row,
+            add,
+        };
         // SAFETY: the vectors are longer than the sizes and strides reach.
         unsafe { multiply(size, left, right, product) };
         let mut worst = 0f64;
@@ -272,7 +287,13 @@ mod tests {
     fn equals_the_sum_and_writes_nothing_else() -> candle_core::Result<()> {
         at_every_level(|level| {
             let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(48));
-            let shapes = (1usize..20, 1usize..70, 1usize..30, any::<bool>(), any::<bool>());
+            let shapes = (
+                1usize..20,
+                1usize..70,
+                1usize..30,
+                any::<bool>(),
+                any::<bool>(),
+            );
             runner
                 .run(&shapes, |(m, n, k, columns_first, add)| {
                     let narrow = check::<f32>((m, n, k), columns_first, add);

@@ -271,7 +271,11 @@ mod tests {
     #[inline(always)]
     unsafe fn check<T: Real, V: Vector<T>>() {
         let n = V::LANES;
-        let of = |f: fn(f64) -> f64| (0..32).map(|i| T::from_f64(f(i as f64))).collect::<Vec<T>>();
+        let of = |f: fn(f64) -> f64| {
+            (0..32)
+                .map(|i| T::from_f64(f(i as f64)))
+                .collect::<Vec<T>>()
+        };
         let (a, b) = (of(|i| i * 0.5 - 3.0), of(|i| 7.0 - i));
         // SAFETY: as in the caller.
         unsafe {

@@ -55,14 +55,28 @@ pub(super) fn forward<T: Real>(
                 let (map, at) = (n0 / out_plane, n0 % out_plane);
                 let b = if g.is_pointwise() && at + count <= out_plane {
                     let at = (map * g.channels + c0) * plane + at;
-                    Right { at: &raw const x[at], step: plane }
+                    Right {
+                        at: &raw const x[at],
+                        step: plane,
+                    }
                 } else {
                     resize(panel, depth * count);
                     patches(g, x, (c0, depth), (n0, n1), panel);
-                    Right { at: panel.as_ptr(), step: count }
+                    Right {
+                        at: panel.as_ptr(),
+                        step: count,
+                    }
                 };
-                let a = Left { at: &raw const weight[k0 * terms + c0], row: terms, step: 1 };
-                let c = Product { at: product.as_mut_ptr(), row: count, add: c0 > 0 };
+                let a = Left {
+                    at: &raw const weight[k0 * terms + c0],
+                    row: terms,
+                    step: 1,
+                };
+                let c = Product {
+                    at: product.as_mut_ptr(),
+                    row: count,
+                    add: c0 > 0,
+                };
                 // SAFETY: `span` rows of weights from k0, `depth` rows of patches of `count`
                 // columns, and as many products.
                 unsafe { multiply((span, count, depth), a, b, c) };
@@ -123,7 +137,10 @@ fn patches<T: Real>(
                         *v = s[0];
                     }
                 } else {
-                    for (v, s) in line.iter_mut().zip(source[input..].iter().step_by(g.stride)) {
+                    for (v, s) in line
+                        .iter_mut()
+                        .zip(source[input..].iter().step_by(g.stride))
+                    {
                         *v = *s;
                     }
                 }
@@ -152,7 +169,10 @@ pub(super) fn weight_gradient<T: Real>(
     // that the sums have one order for any number of threads.
     let rows = terms.min(512);
     let blocks = terms.div_ceil(rows);
-    let parts = ((4 << 20) / (terms * kp)).clamp(1, 8).min(total.div_ceil(2 * SUMMED)).max(1);
+    let parts = ((4 << 20) / (terms * kp))
+        .clamp(1, 8)
+        .min(total.div_ceil(2 * SUMMED))
+        .max(1);
     let share = total.div_ceil(parts).div_ceil(SUMMED) * SUMMED;
     let mut sums = vec![T::zero(); parts * terms * kp];
     let shared = Shared::new(&mut sums);
@@ -171,15 +191,37 @@ pub(super) fn weight_gradient<T: Real>(
                 let at = n0 % out_plane;
                 let a = if g.is_pointwise() && at + (n1 - n0) <= out_plane {
                     let at = (n0 / out_plane * g.channels + c0) * plane + at;
-                    Left { at: &raw const x[at], row: plane, step: 1 }
+                    Left {
+                        at: &raw const x[at],
+                        row: plane,
+                        step: 1,
+                    }
                 } else {
                     resize(panel, rows * (n1 - n0));
                     patches(g, x, (c0, rows), (n0, n1), panel);
-                    Left { at: panel.as_ptr(), row: n1 - n0, step: 1 }
+                    Left {
+                        at: panel.as_ptr(),
+                        row: n1 - n0,
+                        step: 1,
+                    }
                 };
-                let b = Right { at: turned.as_ptr(), step: kp };
+                let b = Right {
+                    at: turned.as_ptr(),
+                    step: kp,
+                };
                 // SAFETY: `rows` rows of patches and n1 − n0 rows of the turned gradient.
-                unsafe { multiply((rows, kp, n1 - n0), a, b, Product { at: c, row: kp, add: true }) };
+                unsafe {
+                    multiply(
+                        (rows, kp, n1 - n0),
+                        a,
+                        b,
+                        Product {
+                            at: c,
+                            row: kp,
+                            add: true,
+                        },
+                    )
+                };
             }
         },
     );
@@ -188,7 +230,14 @@ pub(super) fn weight_gradient<T: Real>(
         let k0 = block * 16;
         let mut lines = Vec::new();
         resize(&mut lines, 16 * terms);
-        dispatch(Reduce { sums: &sums, parts, terms, kp, k0, out: &mut lines });
+        dispatch(Reduce {
+            sums: &sums,
+            parts,
+            terms,
+            kp,
+            k0,
+            out: &mut lines,
+        });
         for (k, line) in lines.chunks_exact(terms).enumerate().take(outputs - k0) {
             // SAFETY: each task has its own outputs.
             unsafe { std::slice::from_raw_parts_mut(out.at((k0 + k) * terms), terms) }
@@ -329,48 +378,62 @@ pub(super) fn input_gradient<T: Real>(
     let width = (PANEL / (channels * taps) / COLUMNS).max(1) * COLUMNS;
     let blocks = g.channels.div_ceil(channels);
     let out = Shared::new(out);
-    (0..g.batch * blocks).into_par_iter().for_each_init(Vec::new, |product, task| {
-        let (map, c0) = (task / blocks, task % blocks * channels);
-        let channels = channels.min(g.channels - c0);
-        // SAFETY: each task has its own channels of its own map.
-        let planes = unsafe {
-            let at = out.at((map * g.channels + c0) * plane);
-            std::slice::from_raw_parts_mut(at, channels * plane)
-        };
-        for (c, plane) in planes.chunks_exact_mut(plane.max(1)).enumerate() {
-            plane.fill(bias.of(map, c0 + c, 1).map_or(T::zero(), |b| b[0]));
-        }
-        for n0 in (0..out_plane).step_by(width) {
-            let n1 = (n0 + width).min(out_plane);
-            let count = n1 - n0;
-            resize(product, channels * taps * count);
-            let a = Left { at: &raw const weight[c0 * taps], row: 1, step: terms };
-            let b = Right {
-                at: &raw const grad[map * outputs * out_plane + n0],
-                step: out_plane,
+    (0..g.batch * blocks)
+        .into_par_iter()
+        .for_each_init(Vec::new, |product, task| {
+            let (map, c0) = (task / blocks, task % blocks * channels);
+            let channels = channels.min(g.channels - c0);
+            // SAFETY: each task has its own channels of its own map.
+            let planes = unsafe {
+                let at = out.at((map * g.channels + c0) * plane);
+                std::slice::from_raw_parts_mut(at, channels * plane)
             };
-            let c = Product { at: product.as_mut_ptr(), row: count, add: false };
-            // SAFETY: columns c0·taps .. of all K rows of weights; `count` columns of all K
-            // rows of the gradient.
-            unsafe { multiply((channels * taps, count, outputs), a, b, c) };
-            for (row, line) in product.chunks_exact(count).enumerate().take(channels * taps) {
-                let target = &mut planes[row / taps * plane..][..plane];
-                g.visit(row % taps, n0, n1, |output, input, count| {
-                    let line = &line[output - n0..][..count];
-                    if g.stride == 1 {
-                        for (t, v) in target[input..input + count].iter_mut().zip(line) {
-                            *t += *v;
-                        }
-                    } else {
-                        let targets = target[input..].iter_mut().step_by(g.stride);
-                        for (t, v) in targets.zip(line) {
-                            *t += *v;
-                        }
-                    }
-                });
+            for (c, plane) in planes.chunks_exact_mut(plane.max(1)).enumerate() {
+                plane.fill(bias.of(map, c0 + c, 1).map_or(T::zero(), |b| b[0]));
             }
-        }
-    });
+            for n0 in (0..out_plane).step_by(width) {
+                let n1 = (n0 + width).min(out_plane);
+                let count = n1 - n0;
+                resize(product, channels * taps * count);
+                let a = Left {
+                    at: &raw const weight[c0 * taps],
+                    row: 1,
+                    step: terms,
+                };
+                let b = Right {
+                    at: &raw const grad[map * outputs * out_plane + n0],
+                    step: out_plane,
+                };
+                let c = Product {
+                    at: product.as_mut_ptr(),
+                    row: count,
+                    add: false,
+                };
+                // SAFETY: columns c0·taps .. of all K rows of weights; `count` columns of all K
+                // rows of the gradient.
+                unsafe { multiply((channels * taps, count, outputs), a, b, c) };
+                for (row, line) in product
+                    .chunks_exact(count)
+                    .enumerate()
+                    .take(channels * taps)
+                {
+                    let target = &mut planes[row / taps * plane..][..plane];
+                    g.visit(row % taps, n0, n1, |output, input, count| {
+                        let line = &line[output - n0..][..count];
+                        if g.stride == 1 {
+                            for (t, v) in target[input..input + count].iter_mut().zip(line) {
+                                *t += *v;
+                            }
+                        } else {
+                            let targets = target[input..].iter_mut().step_by(g.stride);
+                            for (t, v) in targets.zip(line) {
+                                *t += *v;
+                            }
+                        }
+                    });
+                }
+            }
+        });
 }
 
 /// Makes a scratch vector at least `n` long.

@@ -99,7 +99,13 @@ impl Geometry {
 
     /// Whether the patches are the map itself.
     pub fn is_pointwise(&self) -> bool {
-        let sizes = (self.kernel_h, self.kernel_w, self.stride, self.top, self.left);
+        let sizes = (
+            self.kernel_h,
+            self.kernel_w,
+            self.stride,
+            self.top,
+            self.left,
+        );
         sizes == (1, 1, 1, 0, 0) && (self.out_h, self.out_w) == (self.height, self.width)
     }
 
@@ -162,10 +168,15 @@ impl Geometry {
         to: usize,
         mut visit: impl FnMut(usize, usize, usize),
     ) {
-        let (i, j) = (tap / self.kernel_w * self.dilation, tap % self.kernel_w * self.dilation);
+        let (i, j) = (
+            tap / self.kernel_w * self.dilation,
+            tap % self.kernel_w * self.dilation,
+        );
         // Columns p with 0 ≤ p·s + j − left < width.
         let p_lo = self.left.saturating_sub(j).div_ceil(self.stride);
-        let p_hi = (self.width + self.left).saturating_sub(j).div_ceil(self.stride);
+        let p_hi = (self.width + self.left)
+            .saturating_sub(j)
+            .div_ceil(self.stride);
         let (mut o, mut p) = (from / self.out_w, from % self.out_w);
         let mut at = from;
         while at < to {

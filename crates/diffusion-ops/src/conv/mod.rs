@@ -16,8 +16,8 @@ use crate::simd::{Kernel, Simd, dispatch};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor,
 };
-use rayon::prelude::*;
 pub(crate) use geometry::Geometry;
+use rayon::prelude::*;
 use route::Route;
 pub use route::{WINOGRAD_VARIABLE, Winograd, set_winograd, winograd};
 pub use transposed::{conv_transpose1d, conv_transpose2d};
@@ -233,7 +233,9 @@ impl<'a, T> Bias<'a, T> {
         match self {
             Self::None => None,
             Self::Shared(values) => values.get(k..k + n),
-            Self::PerItem(values, outputs) => values.get(item * outputs + k..item * outputs + k + n),
+            Self::PerItem(values, outputs) => {
+                values.get(item * outputs + k..item * outputs + k + n)
+            }
         }
     }
 }
@@ -273,7 +275,12 @@ impl Conv {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad_weight = if wanted(weight) {
             let op = WeightGradient(self.g, self.outputs);
-            deliver(weight, x.detach().apply_op2_no_bwd(grad, &op)?.reshape(weight.shape())?)?
+            deliver(
+                weight,
+                x.detach()
+                    .apply_op2_no_bwd(grad, &op)?
+                    .reshape(weight.shape())?,
+            )?
         } else {
             None
         };
@@ -388,7 +395,11 @@ impl CustomOp1 for PlaneSums {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (batch, outputs) = (l.dims()[0], l.dims()[1]);
         let plane = l.dims()[2..].iter().product::<usize>();
-        let (n, items) = if self.per_item { (batch * outputs, 1) } else { (outputs, batch) };
+        let (n, items) = if self.per_item {
+            (batch * outputs, 1)
+        } else {
+            (outputs, batch)
+        };
         let out = by_float!(s, self.name(), T => {
             let grad = slice::<T>(s, l, self.name())?;
             // SAFETY: every sum is written.
@@ -401,7 +412,11 @@ impl CustomOp1 for PlaneSums {
                 })
             }
         });
-        let shape = if self.per_item { Shape::from((batch, outputs)) } else { Shape::from(outputs) };
+        let shape = if self.per_item {
+            Shape::from((batch, outputs))
+        } else {
+            Shape::from(outputs)
+        };
         Ok((out, shape))
     }
 }
@@ -421,7 +436,10 @@ impl<T: Real> Kernel for Sum<'_, T> {
     fn run<S: Simd>(self) -> T {
         let mut sum = T::zero();
         for item in 0..self.items {
-            sum += sum1(&self.grad[self.first + item * self.step..][..self.plane], |v| v);
+            sum += sum1(
+                &self.grad[self.first + item * self.step..][..self.plane],
+                |v| v,
+            );
         }
         sum
     }

@@ -30,7 +30,10 @@ pub fn winograd() -> Winograd {
         2 => Winograd::Two,
         3 => Winograd::Four,
         _ => {
-            let limit = match std::env::var(WINOGRAD_VARIABLE).unwrap_or_default().as_str() {
+            let limit = match std::env::var(WINOGRAD_VARIABLE)
+                .unwrap_or_default()
+                .as_str()
+            {
                 "off" | "0" => Winograd::Off,
                 "2" => Winograd::Two,
                 _ => Winograd::Four,
@@ -65,10 +68,18 @@ const FILTER_BEYOND_CACHE: [usize; 2] = [900, 1500];
 /// Transformed filters that are surely out of the cache, in elements.
 const CACHE: usize = 4 << 20;
 
+/// Elements that share the transformed filters, for the choice of the algorithm.
+const NOMINAL_BATCH: usize = 8;
+
 impl Route {
-    /// For `y = w ⋆ x`.
+    /// For `y = w ⋆ x`. An element of a batch has the same bits whatever the batch, so the choice
+    /// is that for [`NOMINAL_BATCH`].
     pub fn forward(g: &Geometry, outputs: usize) -> Self {
-        Self::cheapest(g, outputs)
+        let g = Geometry {
+            batch: NOMINAL_BATCH,
+            ..*g
+        };
+        Self::cheapest(&g, outputs)
     }
 
     /// For `∂L/∂w`.
@@ -78,7 +89,10 @@ impl Route {
 
     fn cheapest(g: &Geometry, outputs: usize) -> Self {
         #[cfg(test)]
-        if let Some(route) = *FORCED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        if let Some(route) = *FORCED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
             return if g.is_3x3() || g.folded().is_some() {
                 route
             } else {
@@ -98,11 +112,19 @@ impl Route {
         let cost = |m: usize, k: usize| {
             let tiles = g.batch * g.out_h.div_ceil(m) * g.out_w.div_ceil(m);
             let products = (m + 2) * (m + 2) * pairs;
-            let filter = if products > CACHE { FILTER_BEYOND_CACHE[k] } else { FILTER[k] };
+            let filter = if products > CACHE {
+                FILTER_BEYOND_CACHE[k]
+            } else {
+                FILTER[k]
+            };
             tiles * (products + TILE[k] * (g.channels + outputs)) + filter * pairs
         };
         let two = cost(2, 0);
-        let four = if limit == Winograd::Four { cost(4, 1) } else { usize::MAX };
+        let four = if limit == Winograd::Four {
+            cost(4, 1)
+        } else {
+            usize::MAX
+        };
         Self::least(direct, two, four)
     }
 
@@ -118,7 +140,11 @@ impl Route {
             let own = LINE_TILE[k] * (map.channels + outputs);
             tiles * ((m + 2) * pairs + own) + FILTER[k] * pairs
         };
-        let four = if limit == Winograd::Four { cost(4, 1) } else { usize::MAX };
+        let four = if limit == Winograd::Four {
+            cost(4, 1)
+        } else {
+            usize::MAX
+        };
         Self::least(direct, cost(2, 0), four)
     }
 

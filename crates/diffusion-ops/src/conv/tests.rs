@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::gradcheck::{
-    at_every_level, max_abs_difference, max_relative_error, normal, same_bits_on_any_number_of_threads,
+    at_every_level, max_abs_difference, max_relative_error, normal,
+    same_bits_on_any_number_of_threads,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -63,8 +64,7 @@ fn forward_equals_the_definition() -> Result<()> {
             for (o, q) in (0..oh).flat_map(|o| (0..ow).map(move |q| (o, q))) {
                 let mut sum = bias[ki];
                 for ci in 0..c {
-                    for (i, j) in (0..kernel.0).flat_map(|i| (0..kernel.1).map(move |j| (i, j)))
-                    {
+                    for (i, j) in (0..kernel.0).flat_map(|i| (0..kernel.1).map(move |j| (i, j))) {
                         let yy = (o * s + i * d) as isize - p.top as isize;
                         let xx = (q * s + j * d) as isize - p.left as isize;
                         if (0..h as isize).contains(&yy) && (0..w as isize).contains(&xx) {
@@ -140,8 +140,14 @@ fn problem() -> impl Strategy<Value = Case> {
     (sizes, (1usize..5, 1usize..5), 1usize..4, pads, 1usize..3).prop_filter_map(
         "the kernel fits",
         |((b, c, k, h, w), kernel, s, (top, bottom, left, right), d)| {
-            let padding = Padding { top, bottom, left, right };
-            let fits = d * (kernel.0 - 1) < h + top + bottom && d * (kernel.1 - 1) < w + left + right;
+            let padding = Padding {
+                top,
+                bottom,
+                left,
+                right,
+            };
+            let fits =
+                d * (kernel.0 - 1) < h + top + bottom && d * (kernel.1 - 1) < w + left + right;
             fits.then_some((b, c, k, h, w, kernel, s, padding, d))
         },
     )
@@ -149,9 +155,8 @@ fn problem() -> impl Strategy<Value = Case> {
 
 /// A problem for Winograd's filters.
 fn small_kernel() -> impl Strategy<Value = Case> {
-    problem().prop_map(|(b, c, k, h, w, _, _, p, _)| {
-        (b, c + 7, k + 7, h + 2, w + 2, (3, 3), 1, p, 1)
-    })
+    problem()
+        .prop_map(|(b, c, k, h, w, _, _, p, _)| (b, c + 7, k + 7, h + 2, w + 2, (3, 3), 1, p, 1))
 }
 
 /// A line with three taps.
@@ -160,7 +165,12 @@ fn line() -> impl Strategy<Value = Case> {
     (sizes, 0usize..3, 0usize..40).prop_filter_map(
         "the kernel fits",
         |((b, c, k, w, d), left, right)| {
-            let padding = Padding { top: 0, bottom: 0, left: left * d, right };
+            let padding = Padding {
+                top: 0,
+                bottom: 0,
+                left: left * d,
+                right,
+            };
             (2 * d < w + left * d + right).then_some((b, c, k, 1, w, (1, 3), 1, padding, d))
         },
     )
@@ -171,8 +181,7 @@ fn everything(case: &Case, dtype: DType, per_item: bool) -> Result<Vec<Tensor>> 
     let (b, _, k, .., s, p, d) = *case;
     let [x, w, bias] = data(case)?;
     let bias = if per_item { normal(4, (b, k))? } else { bias };
-    let vars = [x, w, bias]
-        .map(|t| candle_core::Var::from_tensor(&t.to_dtype(dtype)?));
+    let vars = [x, w, bias].map(|t| candle_core::Var::from_tensor(&t.to_dtype(dtype)?));
     let [x, w, bias] = vars;
     let (x, w, bias) = (x?, w?, bias?);
     let y = conv2d(&x, &w, Some(&bias), s, p, d)?;
@@ -223,17 +232,22 @@ fn any_shape_in_f32_equals_f64() -> Result<()> {
 fn winograd_equals_the_sum() -> Result<()> {
     at_every_level(|level| {
         let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
-        let run = runner.run(&(prop_oneof![small_kernel(), line()], any::<bool>()), |(case, per_item)| {
-            let exact = with_limit(Winograd::Off, || everything(&case, DType::F64, per_item)).unwrap();
-            for route in [Route::Two, Route::Four] {
-                for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
-                    let found = route::forced(route, || everything(&case, dtype, per_item)).unwrap();
-                    let e = worst(&found, &exact).unwrap();
-                    prop_assert!(e < bound, "{level:?} {route:?} {dtype:?} {case:?}: {e:e}");
+        let run = runner.run(
+            &(prop_oneof![small_kernel(), line()], any::<bool>()),
+            |(case, per_item)| {
+                let exact =
+                    with_limit(Winograd::Off, || everything(&case, DType::F64, per_item)).unwrap();
+                for route in [Route::Two, Route::Four] {
+                    for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
+                        let found =
+                            route::forced(route, || everything(&case, dtype, per_item)).unwrap();
+                        let e = worst(&found, &exact).unwrap();
+                        prop_assert!(e < bound, "{level:?} {route:?} {dtype:?} {case:?}: {e:e}");
+                    }
                 }
-            }
-            Ok(())
-        });
+                Ok(())
+            },
+        );
         run.map_err(candle_core::Error::wrap)
     })
 }
@@ -244,10 +258,37 @@ fn the_error_of_many_channels_is_small() -> Result<()> {
     at_every_level(|_| {
         let case: Case = (1, 512, 24, 8, 8, (3, 3), 1, 1.into(), 1);
         let exact = with_limit(Winograd::Off, || everything(&case, DType::F64, false))?;
-        for (route, bound) in [(Route::Direct, 4e-6), (Route::Two, 4e-6), (Route::Four, 8e-6)] {
+        for (route, bound) in [
+            (Route::Direct, 4e-6),
+            (Route::Two, 4e-6),
+            (Route::Four, 8e-6),
+        ] {
             let found = route::forced(route, || everything(&case, DType::F32, false))?;
             let e = worst(&found, &exact)?;
             assert!(e < bound, "{route:?}: {e:e}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn bits_do_not_depend_on_the_batch() -> Result<()> {
+    at_every_level(|_| {
+        for (c, k, h, w) in [
+            (24, 40, 13, 9),
+            (64, 64, 4, 4),
+            (256, 256, 2, 2),
+            (3, 16, 8, 8),
+        ] {
+            let x = normal(1, (9, c, h, w))?.to_dtype(DType::F32)?;
+            let weight = normal(2, (k, c, 3, 3))?.to_dtype(DType::F32)?;
+            for (s, kernel) in [(1, &weight), (2, &weight)] {
+                let all = conv2d(&x, kernel, None, s, 1, 1)?;
+                for i in [0, 8] {
+                    let one = conv2d(&x.narrow(0, i, 1)?, kernel, None, s, 1, 1)?;
+                    assert_eq!(max_abs_difference(&one, &all.narrow(0, i, 1)?)?, 0.0);
+                }
+            }
         }
         Ok(())
     })

@@ -3,9 +3,7 @@
 use super::{Bias, Geometry, Padding, Weight, bias_gradient, input_gradient, run, weight_gradient};
 use crate::cpu::{by_float, half_on_cpu, native, slice, written};
 use crate::gradient::{deliver, wanted};
-use candle_core::{
-    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 /// Transposed convolution, the adjoint of [`conv2d`](crate::conv2d) with the same weight.
 ///
@@ -36,7 +34,9 @@ pub fn conv_transpose2d(
         bail!("conv_transpose2d: the map has {inputs} channels, the weight expects {outputs}");
     }
     if stride.0 == 0 || stride.1 == 0 || dilation == 0 || kernel_h == 0 || kernel_w == 0 {
-        bail!("conv_transpose2d: stride {stride:?}, dilation {dilation} and kernel must be at least 1");
+        bail!(
+            "conv_transpose2d: stride {stride:?}, dilation {dilation} and kernel must be at least 1"
+        );
     }
     if stride.0 != stride.1 {
         // Every second row zero, say, is a map that the square stride knows how to handle.
@@ -44,12 +44,17 @@ pub fn conv_transpose2d(
     }
     let stride = stride.0;
     if output_padding.0 >= stride || output_padding.1 >= stride {
-        bail!("conv_transpose2d: output padding {output_padding:?}, expected less than the stride {stride}");
+        bail!(
+            "conv_transpose2d: output padding {output_padding:?}, expected less than the stride {stride}"
+        );
     }
     if let Some(bias) = bias
         && bias.dims() != [channels]
     {
-        bail!("conv_transpose2d: the bias has shape {:?}, expected [{channels}]", bias.dims());
+        bail!(
+            "conv_transpose2d: the bias has shape {:?}, expected [{channels}]",
+            bias.dims()
+        );
     }
     let out = |size: usize, kernel: usize, pad: usize, extra: usize| -> Result<usize> {
         let full = size.saturating_sub(1) * stride + dilation * (kernel - 1) + 1 + extra;
@@ -61,8 +66,18 @@ pub fn conv_transpose2d(
     let g = Geometry {
         batch,
         channels,
-        height: out(height, kernel_h, padding.top + padding.bottom, output_padding.0)?,
-        width: out(width, kernel_w, padding.left + padding.right, output_padding.1)?,
+        height: out(
+            height,
+            kernel_h,
+            padding.top + padding.bottom,
+            output_padding.0,
+        )?,
+        width: out(
+            width,
+            kernel_w,
+            padding.left + padding.right,
+            output_padding.1,
+        )?,
         kernel_h,
         kernel_w,
         out_h: height,
@@ -78,7 +93,15 @@ pub fn conv_transpose2d(
         let bias = bias.map(wide).transpose()?;
         let (x32, weight) = (wide(x)?, wide(weight)?);
         let stride = (stride, stride);
-        let y = conv_transpose2d(&x32, &weight, bias.as_ref(), stride, padding, output_padding, dilation)?;
+        let y = conv_transpose2d(
+            &x32,
+            &weight,
+            bias.as_ref(),
+            stride,
+            padding,
+            output_padding,
+            dilation,
+        )?;
         return y.to_dtype(x.dtype());
     }
     if !native(x) {
@@ -138,7 +161,9 @@ fn stretched(
     dilation: usize,
 ) -> Result<Tensor> {
     if output_padding.0 >= stride.0 || output_padding.1 >= stride.1 {
-        bail!("conv_transpose2d: output padding {output_padding:?}, expected less than the stride {stride:?}");
+        bail!(
+            "conv_transpose2d: output padding {output_padding:?}, expected less than the stride {stride:?}"
+        );
     }
     let (batch, channels, height, width) = x.dims4()?;
     let x = x
@@ -192,7 +217,11 @@ impl Transposed {
         weight: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let op = |weights| Gradient { g: self.g, outputs: self.outputs, weights };
+        let op = |weights| Gradient {
+            g: self.g,
+            outputs: self.outputs,
+            weights,
+        };
         let grad_weight = if wanted(weight) {
             let gradient = grad.apply_op2_no_bwd(&x.detach(), &op(true))?;
             deliver(weight, gradient.reshape(weight.shape())?)?
@@ -341,7 +370,8 @@ fn composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: &Geometry) ->
         .pad_with_zeros(3, reach.1, reach.1 + right)?
         .narrow(2, g.top, g.height + reach.0)?
         .narrow(3, g.left, g.width + reach.1)?;
-    let reversed = |n: usize| Tensor::from_vec((0..n as u32).rev().collect::<Vec<_>>(), n, x.device());
+    let reversed =
+        |n: usize| Tensor::from_vec((0..n as u32).rev().collect::<Vec<_>>(), n, x.device());
     let flipped = weight
         .index_select(&reversed(g.kernel_h)?, 2)?
         .index_select(&reversed(g.kernel_w)?, 3)?
@@ -358,7 +388,13 @@ fn composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: &Geometry) ->
         left: 0,
         ..*g
     };
-    super::composed(&x.contiguous()?, &flipped, bias, &forward, Padding::default())
+    super::composed(
+        &x.contiguous()?,
+        &flipped,
+        bias,
+        &forward,
+        Padding::default(),
+    )
 }
 
 #[cfg(test)]
@@ -372,7 +408,19 @@ mod tests {
             for (h, w, kernel, s, p, d) in [
                 (5, 7, (3, 3), 1, Padding::from(1), 1),
                 (4, 3, (4, 4), 2, 1.into(), 1),
-                (3, 5, (3, 2), 3, Padding { top: 0, bottom: 1, left: 1, right: 0 }, 2),
+                (
+                    3,
+                    5,
+                    (3, 2),
+                    3,
+                    Padding {
+                        top: 0,
+                        bottom: 1,
+                        left: 1,
+                        right: 0,
+                    },
+                    2,
+                ),
             ] {
                 let y = normal(1, (2, 3, h, w))?;
                 let weight = normal(2, (3, 2, kernel.0, kernel.1))?;
@@ -384,7 +432,10 @@ mod tests {
                     let narrow = down.narrow(2, 0, h)?.narrow(3, 0, w)?;
                     let left = (narrow * &y)?.sum_all()?.to_scalar::<f64>()?;
                     let right = (&x * &up)?.sum_all()?.to_scalar::<f64>()?;
-                    assert!((left - right).abs() < 1e-10 * left.abs().max(1.0), "{left} {right}");
+                    assert!(
+                        (left - right).abs() < 1e-10 * left.abs().max(1.0),
+                        "{left} {right}"
+                    );
                 }
             }
             Ok(())
@@ -396,7 +447,20 @@ mod tests {
         for (h, w, kernel, s, p, extra, d) in [
             (3, 4, (3, 3), 1, Padding::from(1), (0, 0), 1),
             (3, 2, (4, 4), 2, 1.into(), (1, 0), 1),
-            (2, 3, (3, 2), 3, Padding { top: 0, bottom: 1, left: 1, right: 0 }, (2, 1), 2),
+            (
+                2,
+                3,
+                (3, 2),
+                3,
+                Padding {
+                    top: 0,
+                    bottom: 1,
+                    left: 1,
+                    right: 0,
+                },
+                (2, 1),
+                2,
+            ),
         ] {
             let t = [
                 normal(1, (2, 3, h, w))?,
@@ -438,7 +502,15 @@ mod tests {
         // (W − 1)·4 + 7 + 1 − 4 + 1 = 17
         assert_eq!(f(&t)?.dims4()?, (2, 2, 3, 17));
         assert!(max_relative_error(f, &t)? < 1e-6);
-        let line = conv_transpose1d(&normal(1, (1, 2, 5))?, &normal(2, (2, 3, 4))?, None, 2, (1, 1), 0, 1)?;
+        let line = conv_transpose1d(
+            &normal(1, (1, 2, 5))?,
+            &normal(2, (2, 3, 4))?,
+            None,
+            2,
+            (1, 1),
+            0,
+            1,
+        )?;
         assert_eq!(line.dims3()?, (1, 3, 10));
         Ok(())
     }

@@ -53,11 +53,7 @@ impl Tiling {
 
     /// Splits rows of tiles `from .. to`, counted through the batch, where a new map begins:
     /// (map, first row, rows, tiles before).
-    fn runs(
-        self,
-        from: usize,
-        to: usize,
-    ) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    fn runs(self, from: usize, to: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
         let mut at = from;
         std::iter::from_fn(move || {
             if at >= to {
@@ -86,7 +82,11 @@ pub(super) fn forward<W: Tile, T: Real>(
     let tile_rows = g.batch * tiling.down;
     let u_stride = stride(weight.inputs * kp);
     // SAFETY: `filters` writes everything that is read below.
-    let u = unsafe { buffer(positions * u_stride, |u| filters::<W, T>(weight, kp, u_stride, u)) };
+    let u = unsafe {
+        buffer(positions * u_stride, |u| {
+            filters::<W, T>(weight, kp, u_stride, u)
+        })
+    };
 
     let threads = rayon::current_num_threads();
     let bytes = positions * (cp + kp) * size_of::<T>();
@@ -100,9 +100,9 @@ pub(super) fn forward<W: Tile, T: Real>(
     let span = (kp / LANES).div_ceil(splits) * LANES;
     let (plane, out_plane) = (g.plane(), g.out_plane());
     let out = Shared::new(out);
-    (0..tasks * splits).into_par_iter().for_each_init(
-        Scratch::default,
-        |scratch, task| {
+    (0..tasks * splits)
+        .into_par_iter()
+        .for_each_init(Scratch::default, |scratch, task| {
             let (from, k0) = (task / splits * rows, task % splits * span);
             if k0 >= kp {
                 return;
@@ -123,9 +123,20 @@ pub(super) fn forward<W: Tile, T: Real>(
                 );
             }
             for p in 0..positions {
-                let a = Left { at: &raw const v[p * v_stride], row: cp, step: 1 };
-                let b = Right { at: &raw const u[p * u_stride + k0], step: kp };
-                let c = Product { at: &raw mut m[p * m_stride], row: span, add: false };
+                let a = Left {
+                    at: &raw const v[p * v_stride],
+                    row: cp,
+                    step: 1,
+                };
+                let b = Right {
+                    at: &raw const u[p * u_stride + k0],
+                    step: kp,
+                };
+                let c = Product {
+                    at: &raw mut m[p * m_stride],
+                    row: span,
+                    add: false,
+                };
                 // SAFETY: v holds `tiles` rows of cp ≥ C elements at each position, u C rows of
                 // kp ≥ k0 + span, m `tiles` rows of span.
                 unsafe { multiply((tiles, span, weight.inputs), a, b, c) };
@@ -153,8 +164,7 @@ pub(super) fn forward<W: Tile, T: Real>(
                     tile: PhantomData,
                 });
             }
-        },
-    );
+        });
 }
 
 /// `∂L/∂w [K, C, 3, 3]` from the map and the gradient of the output.
@@ -187,9 +197,9 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
         let (vs, ms) = (Shared::new(&mut v), Shared::new(&mut m));
         let parts = (to - from).div_ceil(part);
         // Even tasks transform the map, odd ones the gradient.
-        (0..2 * parts).into_par_iter().for_each_init(
-            Vec::new,
-            |scratch, task| {
+        (0..2 * parts)
+            .into_par_iter()
+            .for_each_init(Vec::new, |scratch, task| {
                 let begin = from + task / 2 * part;
                 let end = (begin + part).min(to);
                 let before_task = (begin - from) * tiling.across;
@@ -215,8 +225,7 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
                         );
                     }
                 }
-            },
-        );
+            });
         let us = Shared::new(&mut u);
         // Where there are few channels one position is little work.
         let shares = if g.channels * kp >= 64 * 64 { 2 } else { 1 };
@@ -224,27 +233,46 @@ pub(super) fn weight_gradient<W: Tile, T: Real>(
         (0..positions * shares).into_par_iter().for_each(|task| {
             let (p, c0) = (task / shares, task % shares * share);
             let size = (share.min(g.channels - c0), kp, count);
-            let a = Left { at: &raw const v[p * v_stride + c0], row: 1, step: cp };
-            let b = Right { at: &raw const m[p * m_stride], step: kp };
+            let a = Left {
+                at: &raw const v[p * v_stride + c0],
+                row: 1,
+                step: cp,
+            };
+            let b = Right {
+                at: &raw const m[p * m_stride],
+                step: kp,
+            };
             // SAFETY: each task has its own rows of u; v and m hold `count` rows at p.
             unsafe {
                 let at = us.at(p * u_stride + c0 * kp);
-                multiply(size, a, b, Product { at, row: kp, add: from > 0 });
+                multiply(
+                    size,
+                    a,
+                    b,
+                    Product {
+                        at,
+                        row: kp,
+                        add: from > 0,
+                    },
+                );
             }
         });
     }
     let out = Shared::new(out);
-    (0..g.channels).into_par_iter().with_min_len(8).for_each(|c| {
-        dispatch(FilterAdjoint::<W, T> {
-            u: &raw const u[c * kp],
-            u_stride,
-            outputs,
-            // SAFETY: each task writes its own input channel.
-            out: unsafe { out.at(c * W::TAPS) },
-            out_row: g.channels * W::TAPS,
-            tile: PhantomData,
+    (0..g.channels)
+        .into_par_iter()
+        .with_min_len(8)
+        .for_each(|c| {
+            dispatch(FilterAdjoint::<W, T> {
+                u: &raw const u[c * kp],
+                u_stride,
+                outputs,
+                // SAFETY: each task writes its own input channel.
+                out: unsafe { out.at(c * W::TAPS) },
+                out_row: g.channels * W::TAPS,
+                tile: PhantomData,
+            });
         });
-    });
 }
 
 /// Buffers of one thread.
@@ -256,7 +284,11 @@ struct Scratch<T> {
 
 impl<T> Default for Scratch<T> {
     fn default() -> Self {
-        Self { v: Vec::new(), m: Vec::new(), map: Vec::new() }
+        Self {
+            v: Vec::new(),
+            m: Vec::new(),
+            map: Vec::new(),
+        }
     }
 }
 
@@ -374,7 +406,11 @@ impl<W: Tile, T: Real, const GRADIENT: bool> Kernel for TileTransform<'_, W, T, 
         let plane = view.plane;
         let first = view.y0.max(0) as usize;
         let last = ((view.y0 + view.rows as isize).max(0) as usize).min(view.height);
-        let (side, side_w) = if GRADIENT { (W::M, W::MW) } else { (W::A, W::AW) };
+        let (side, side_w) = if GRADIENT {
+            (W::M, W::MW)
+        } else {
+            (W::A, W::AW)
+        };
         let mut block = [T::zero(); LANES * LANES];
         for c0 in (0..self.out_row).step_by(lanes) {
             let channels = view.channels.saturating_sub(c0).min(lanes);
@@ -384,7 +420,11 @@ impl<W: Tile, T: Real, const GRADIENT: bool> Kernel for TileTransform<'_, W, T, 
                 .min(plane.saturating_sub(first * view.width));
             let mut at = 0;
             while at < pixels {
-                let begin = if pixels >= lanes { at.min(pixels - lanes) } else { at };
+                let begin = if pixels >= lanes {
+                    at.min(pixels - lanes)
+                } else {
+                    at
+                };
                 let count = (pixels - begin).min(lanes);
                 // SAFETY: channels c0 .. c0 + channels and `count` pixels from `begin` lie inside
                 // the map; the rows `first .. last` and all columns lie inside the view.
@@ -529,7 +569,11 @@ impl<W: Tile, T: Real> Kernel for OutputTransform<'_, W, T> {
             let pixels = self.pixels;
             let mut at = 0;
             while at < pixels {
-                let begin = if pixels >= lanes { at.min(pixels - lanes) } else { at };
+                let begin = if pixels >= lanes {
+                    at.min(pixels - lanes)
+                } else {
+                    at
+                };
                 let count = (pixels - begin).min(lanes);
                 // SAFETY: `flat` holds all pixels; `channels` planes from `out` hold as many.
                 unsafe {
@@ -555,17 +599,20 @@ impl<W: Tile, T: Real> Kernel for OutputTransform<'_, W, T> {
 fn filters<W: Tile, T: Real>(weight: &Weight<'_, T>, kp: usize, stride: usize, u: &mut [T]) {
     let u = Shared::new(u);
     let work = crate::cpu::worth(weight.outputs * 50);
-    (0..weight.inputs).into_par_iter().with_min_len(work).for_each(|c| {
-        dispatch(FilterTransform::<W, T> {
-            weight,
-            c,
-            kp,
-            // SAFETY: each task writes its own input channel.
-            u: unsafe { u.at(c * kp) },
-            stride,
-            tile: PhantomData,
+    (0..weight.inputs)
+        .into_par_iter()
+        .with_min_len(work)
+        .for_each(|c| {
+            dispatch(FilterTransform::<W, T> {
+                weight,
+                c,
+                kp,
+                // SAFETY: each task writes its own input channel.
+                u: unsafe { u.at(c * kp) },
+                stride,
+                tile: PhantomData,
+            });
         });
-    });
 }
 
 struct FilterTransform<'a, W, T> {

@@ -16,8 +16,7 @@ pub use translate::translate_deprecated;
 
 use crate::error::{Error, Result};
 use crate::layer::{
-    Activation,
-    Conv2d, Conv2dConfig, Embedding, GaussianFourier, GroupNorm, TimestepEmbedding,
+    Activation, Conv2d, Conv2dConfig, Embedding, GaussianFourier, GroupNorm, TimestepEmbedding,
     TimestepEmbeddingConfig, timestep_embedding,
 };
 use crate::mode::Mode;
