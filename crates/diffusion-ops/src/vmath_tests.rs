@@ -71,7 +71,6 @@ fn errors_stay_within_what_is_stated() -> Result<()> {
                 error <= limit,
                 "{name} at {level:?}: {error:.2}, limit {limit}"
             );
-            println!("{name} {level:?}: {error:.2} units of 2^-24");
         };
         check(
             "exp, nonpositive",
