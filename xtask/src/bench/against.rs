@@ -69,8 +69,14 @@ impl Drop for Scratch {
 }
 
 impl Comparison {
-    /// Compares the cases of these domains whose names contain one of `filters` (or all).
-    pub fn run(&self, domains: &[String], filters: &[String]) -> Result<Found> {
+    /// Compares the cases of these domains whose names contain one of `filters` (or all). `keep`
+    /// sees what there is after each case, so that a run that is stopped has not been for nothing.
+    pub fn run(
+        &self,
+        domains: &[String],
+        filters: &[String],
+        keep: &mut dyn FnMut(&Found) -> Result<()>,
+    ) -> Result<Found> {
         self.probe()?;
         let busy = busy(std::fs::read_to_string("/proc/loadavg").ok().as_deref());
         let program = self.build()?;
@@ -83,13 +89,14 @@ impl Comparison {
             if let Err(error) = self.case(&program, case, &scratch.0, &mut found) {
                 found.refused.push(format!("{}: {error:#}", case.name));
             }
+            keep(&found)?;
         }
         Ok(found)
     }
 
     /// Says at once what is missing, before anything is built.
     fn probe(&self) -> Result<()> {
-        let mut command = self.python(1);
+        let mut command = self.python(1)?;
         command.arg("probe");
         let output = command.output().with_context(|| {
             format!(
@@ -124,23 +131,33 @@ impl Comparison {
         Ok(shell::target(&self.root).join("release").join(name))
     }
 
+    /// A program with our environment whose thread pools have `threads` threads.
+    fn limited(&self, program: &Path, threads: usize) -> Result<Command> {
+        let mut command = Command::new(program);
+        for name in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
+            command.env(name, threads.to_string());
+        }
+        command.envs(environment(&self.root)?);
+        Ok(command)
+    }
+
     /// The peer's program with its threads fixed.
-    fn python(&self, threads: usize) -> Command {
-        let mut command = limited(&self.python, threads);
+    fn python(&self, threads: usize) -> Result<Command> {
+        let mut command = self.limited(&self.python, threads)?;
         command
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .arg(self.root.join("benches/peers/peer.py"));
-        command
+        Ok(command)
     }
 
     fn case(&self, program: &Path, case: &Listed, folder: &Path, found: &mut Found) -> Result<()> {
         let mut single: Option<f64> = None;
         let most = self.threads.iter().copied().max();
         for &threads in &self.threads {
-            let mut command = limited(program, threads);
+            let mut command = self.limited(program, threads)?;
             command.args(["serve", &case.name]).arg(folder);
             let (mut ours, _) = Side::start(&mut command)?;
-            let mut command = self.python(threads);
+            let mut command = self.python(threads)?;
             command.args(["serve", &case.name]).arg(folder);
             command.args(["--threads", &threads.to_string()]);
             command.args(self.compile.then_some("--compile"));
@@ -191,10 +208,12 @@ impl Comparison {
         row: &mut Row,
     ) -> Result<()> {
         let steps = MEMORY_STEPS.to_string();
-        let mut command = limited(program, threads);
+        let mut command = self.limited(program, threads)?;
         command.args(["memory", &case.name, &steps]);
         let ours = once::<Peak>(&mut command)?.megabytes();
-        let mut command = self.python(threads);
+        let mut command = self.python(threads)?;
+        // Our setting keeps memory for the next step; the peer's peak must not grow by it.
+        command.env_remove(ALLOCATOR);
         command.args(["memory", &case.name]).arg(folder);
         command.args([&steps, "--threads", &threads.to_string()]);
         if let Some(way) = &row.peer_way {
@@ -208,17 +227,29 @@ impl Comparison {
     }
 }
 
-/// A program whose thread pools have `threads` threads.
-fn limited(program: &Path, threads: usize) -> Command {
-    let mut command = Command::new(program);
-    for name in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
-        command.env(name, threads.to_string());
-    }
-    // As `.cargo/config.toml` has it for whatever cargo starts.
-    if std::env::var_os("CANDLE_BARRIER_POOL_SPIN_LIMIT").is_none() {
-        command.env("CANDLE_BARRIER_POOL_SPIN_LIMIT", "0");
-    }
-    command
+/// A variable of `.cargo/config.toml` that changes how much memory a process keeps.
+const ALLOCATOR: &str = "GLIBC_TUNABLES";
+
+/// The environment that cargo gives to what it starts, so that both sides have it however this
+/// program was started. Variables that are set already stay as they are, as with cargo.
+fn environment(root: &Path) -> Result<Vec<(String, String)>> {
+    let path = root.join(".cargo/config.toml");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let config: toml::Table = toml::from_str(&text).with_context(|| path.display().to_string())?;
+    let variables = config.get("env").and_then(toml::Value::as_table);
+    let variables = variables.into_iter().flatten();
+    variables
+        .filter(|(name, _)| std::env::var_os(name).is_none())
+        .map(|(name, value)| {
+            let value = value.as_str().with_context(|| {
+                format!(
+                    "{}: env.{name} is {value}, expected a string",
+                    path.display()
+                )
+            })?;
+            Ok((name.clone(), value.to_owned()))
+        })
+        .collect()
 }
 
 /// A warning where other programs were at work before we began.
@@ -375,6 +406,28 @@ mod tests {
     }
 
     #[test]
+    fn both_sides_have_the_environment_that_cargo_gives() {
+        let root = shell::root().unwrap();
+        let text = std::fs::read_to_string(root.join(".cargo/config.toml")).unwrap();
+        assert!(
+            text.contains(ALLOCATOR),
+            "the memory of the peer depends on it"
+        );
+        for (name, value) in environment(&root).unwrap() {
+            assert!(text.contains(&format!("{name} = \"{value}\"")), "{name}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(".cargo")).unwrap();
+        let config = folder.path().join(".cargo/config.toml");
+        std::fs::write(&config, "[env]\nBENCH_TEST_ONLY = \"7\"\n").unwrap();
+        let expected = ("BENCH_TEST_ONLY".to_owned(), "7".to_owned());
+        assert_eq!(environment(folder.path()).unwrap(), [expected]);
+        std::fs::write(&config, "[env]\nBENCH_TEST_ONLY = 7\n").unwrap();
+        let error = environment(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("env.BENCH_TEST_ONLY is 7"), "{error}");
+    }
+
+    #[test]
     fn a_busy_machine_is_noted() {
         let note = busy(Some("3.48 5.36 4.54 2/300 1234")).unwrap();
         assert!(note.contains("load 3.48"), "{note}");
@@ -412,7 +465,7 @@ mod tests {
             compile: false,
             bf16: false,
         };
-        let error = comparison("no-such-python").run(&["ops".into()], &[]);
+        let error = comparison("no-such-python").run(&["ops".into()], &[], &mut |_| Ok(()));
         let text = format!("{:#}", error.unwrap_err());
         assert!(text.contains("`no-such-python`"), "{text}");
         assert!(
@@ -422,7 +475,7 @@ mod tests {
         // A program that fails, as Python does without torch.
         #[cfg(unix)]
         {
-            let error = comparison("false").run(&["ops".into()], &[]);
+            let error = comparison("false").run(&["ops".into()], &[], &mut |_| Ok(()));
             let text = format!("{:#}", error.unwrap_err());
             assert!(
                 text.contains("`false -m pip install -r benches/peers/"),

@@ -69,7 +69,7 @@ pub struct Args {
     /// Time the peer's networks under bf16 autocast, too.
     #[arg(long, requires = "against")]
     bf16: bool,
-    /// Write the rows there as JSON.
+    /// Write the rows there as JSON; in a comparison after each case.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
@@ -114,7 +114,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 compile: args.compile,
                 bf16: args.bf16,
             };
-            let found = comparison.run(&domains, &args.cases)?;
+            let found = comparison.run(&domains, &args.cases, &mut |found| match &args.json {
+                Some(path) => write(path, &found.rows, &found.refused),
+                None => Ok(()),
+            })?;
             println!("{}", row::comparison(&found.rows));
             for note in &found.notes {
                 println!("note: {note}");
