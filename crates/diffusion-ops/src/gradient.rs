@@ -45,7 +45,7 @@ impl Drop for Installed {
 /// ∂L/∂θ for every variable θ on a path to L
 /// ```
 ///
-/// The same numbers as `Tensor::backward`, at less cost: see the [module](self). Variables that
+/// The same numbers as `Tensor::backward`, at less cost: the gradients of variables need no zero-filled copy. Variables that
 /// receive more than one gradient get the sum in the order of the backward pass; what arrives from
 /// the tensor library's own operations is added last. Only this function reaches the variables of
 /// a [`checkpointed`](crate::checkpointed) part.
