@@ -46,10 +46,14 @@ const DEFAULTS: [(&str, &str, bool); 3] = [
     // Graphs of deep networks are walked by recursion on the threads of the pool.
     ("RUST_MIN_STACK", "33554432", true),
     // The allocator keeps the memory of one step for the next instead of handing it back to the
-    // system, which would fill every page with zeros again.
+    // system, which would fill every page with zeros again; threads share one arena, since each of
+    // the others ends at 64 MiB; and pages are large where the system offers them.
     (
         "GLIBC_TUNABLES",
-        "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184",
+        concat!(
+            "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184",
+            ":glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1",
+        ),
         cfg!(all(target_os = "linux", target_env = "gnu")),
     ),
 ];

@@ -3,6 +3,7 @@
 use crate::cpu::{CHUNK, Real, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::deliver;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply1;
 use crate::vmath::{abs, exp_of_minus, normal_tail, real, sigmoid};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -108,7 +109,7 @@ impl Activation {
     /// Those of the tensor library.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         if native(x) {
-            return x.contiguous()?.apply_op1(Pointwise(self));
+            return apply1(&x.contiguous()?, Pointwise(self));
         }
         if half_on_cpu(x) {
             return self.apply(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype());

@@ -2,6 +2,7 @@
 
 use crate::cpu::{by_float, half_on_cpu, native};
 use crate::gradient::{deliver, wanted};
+use crate::tape::apply3;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
 };
@@ -102,7 +103,7 @@ fn attend(
         mask,
         normaliser: OnceLock::new(),
     };
-    rows(q)?.apply_op3(&rows(k)?, &rows(v)?, op)
+    apply3(&rows(q)?, &rows(k)?, &rows(v)?, op)
 }
 
 /// The tensor, or a copy of it if its last axis is not contiguous.

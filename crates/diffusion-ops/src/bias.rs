@@ -3,6 +3,7 @@
 use crate::cpu::{Real, by_float, native, slice, worth, written};
 use crate::gradient::{deliver, wanted};
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply2;
 use crate::vmath::{real, sum};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, WithDType, bail,
@@ -38,7 +39,7 @@ pub fn add_bias(x: &Tensor, bias: &Tensor, dim: usize) -> Result<Tensor> {
         channels,
         inner: dims[dim + 1..].iter().product(),
     };
-    x.contiguous()?.apply_op2(&bias.contiguous()?, op)
+    apply2(&x.contiguous()?, &bias.contiguous()?, op)
 }
 
 #[derive(Clone, Copy)]

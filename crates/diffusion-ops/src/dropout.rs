@@ -4,6 +4,7 @@ use crate::cpu::{CHUNK, Real, by_float, half_on_cpu, native, slice, worth, writt
 use crate::gradient::deliver;
 use crate::rng::Key;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply1;
 use crate::vmath::real;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -36,7 +37,7 @@ pub fn dropout(x: &Tensor, p: f64, key: Key) -> Result<Tensor> {
     let keep = 1.0 / (1.0 - p);
     let kept = mask(x, p, key);
     if native(x) {
-        return x.contiguous()?.apply_op1(Dropout { kept, keep });
+        return apply1(&x.contiguous()?, Dropout { kept, keep });
     }
     let kept = Tensor::from_slice(&kept, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
     x * (kept.to_device(x.device())? * keep)?

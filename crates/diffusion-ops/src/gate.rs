@@ -3,6 +3,7 @@
 use crate::cpu::{Real, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::deliver;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply1;
 use crate::vmath::{exp_of_minus, expm1_of_minus_twice_abs, real, with_sign};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -33,7 +34,7 @@ pub fn gated_tanh(x: &Tensor, dim: usize) -> Result<Tensor> {
     if !native(x) {
         return composed(x, dim);
     }
-    x.contiguous()?.apply_op1(Gate(dim))
+    apply1(&x.contiguous()?, Gate(dim))
 }
 
 /// The same function from the tensor library's differentiable operations.
@@ -230,7 +231,10 @@ mod tests {
                 let wide = both(&x.to_dtype(DType::F64)?, 1)?;
                 for (a, e) in both(&x, 1)?.iter().zip(&wide) {
                     let largest = max_abs_difference(e, &e.zeros_like()?)?;
-                    let gap = max_abs_difference(a, e)? / largest.max(1e-30);
+                    // Where every element is saturated what is left is smaller than the scale that
+                    // the rounding of 1 − tanh² belongs to.
+                    let scale = largest.max((0.2 * scale).min(1.0));
+                    let gap = max_abs_difference(a, e)? / scale;
                     assert!(gap < 2e-6, "{level:?}: {gap:e}");
                 }
                 Ok(())

@@ -4,8 +4,8 @@
 //! arrives at and adds the gradient to it. For the weights of a network this is three passes over
 //! memory (and the page faults of a new buffer) for nothing: most of them receive one gradient.
 //! Here the operations of this crate [`deliver`] the gradients of variables into a sink beside the
-//! graph, which [`backward`] installs and merges with the rest at the end. Inner nodes of the graph
-//! take the ordinary way, and so does everything when the sink is not installed.
+//! graph, which [`backward`] installs and merges with the rest at the end. Without a sink they take
+//! the ordinary way. The gradients of inner nodes are the [`tape`](crate::tape)'s.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, bail};
@@ -45,14 +45,18 @@ impl Drop for Installed {
 /// ∂L/∂θ for every variable θ on a path to L
 /// ```
 ///
-/// The same numbers as `Tensor::backward`, at less cost: the gradients of variables need no zero-filled copy. Variables that
-/// receive more than one gradient get the sum in the order of the backward pass; what arrives from
-/// the tensor library's own operations is added last. Only this function reaches the variables of
-/// a [`checkpointed`](crate::checkpointed) part.
+/// The same numbers as `Tensor::backward`, at less cost: the gradients of variables need no
+/// zero-filled copy, and what our operations kept for this pass is freed as soon as it has been
+/// used, so that the memory falls while the pass goes back. A second pass through the same graph is
+/// therefore an error; `Tensor::backward` keeps everything and may be repeated.
+///
+/// Variables that receive more than one gradient get the sum in the order of the backward pass;
+/// what arrives from the tensor library's own operations is added last. Only this function reaches
+/// the variables of a [`checkpointed`](crate::checkpointed) part.
 ///
 /// # Errors
 ///
-/// Those of the operations' backward passes.
+/// Those of the operations' backward passes, and when part of the graph has been passed before.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
     let installed = Installed::new();
     let mut store = loss.backward()?;
@@ -179,7 +183,7 @@ mod tests {
         let loss = ((h * v[1].as_tensor())? + v[2].as_tensor())?
             .sqr()?
             .sum_all()?;
-        let (ours, theirs) = (backward(&loss)?, loss.backward()?);
+        let (theirs, ours) = (loss.backward()?, backward(&loss)?);
         for var in &v {
             let (a, b) = (ours.get(var).unwrap(), theirs.get(var).unwrap());
             assert_eq!(a.to_vec2::<f64>()?, b.to_vec2::<f64>()?);

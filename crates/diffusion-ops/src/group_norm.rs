@@ -4,6 +4,7 @@ use crate::activation::{Activation, Function, by_activation};
 use crate::cpu::{Real, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::{deliver, wanted};
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply3;
 use crate::vmath::{real, squared_deviations, sum, sum_and_moment};
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
@@ -90,8 +91,8 @@ pub fn group_norm_act(
         activation,
     };
     if native(x) {
-        x.contiguous()?
-            .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, op)
+        let (gamma, beta) = (gamma.contiguous()?, beta.contiguous()?);
+        apply3(&x.contiguous()?, &gamma, &beta, op)
     } else {
         op.composed(x, gamma, beta)
     }

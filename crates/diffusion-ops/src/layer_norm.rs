@@ -3,6 +3,7 @@
 use crate::cpu::{Real, buffer, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::{deliver, wanted};
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply3;
 use crate::vmath::{real, squared_deviations, sum, weighted_sum_and_moment};
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
@@ -35,8 +36,8 @@ pub fn layer_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor, eps: f64) -> Result
         return layer_norm(&wide(x)?, &wide(gamma)?, &wide(beta)?, eps)?.to_dtype(x.dtype());
     }
     if native(x) {
-        x.contiguous()?
-            .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, Rows::<true>(eps))
+        let (gamma, beta) = (gamma.contiguous()?, beta.contiguous()?);
+        apply3(&x.contiguous()?, &gamma, &beta, Rows::<true>(eps))
     } else {
         Rows::<true>(eps).composed(x, gamma)?.broadcast_add(beta)
     }

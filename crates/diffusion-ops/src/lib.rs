@@ -14,9 +14,11 @@
 #![allow(unsafe_code)] // The one crate that may; every block states its invariant.
 
 mod activation;
+mod add;
 mod attention;
 mod bias;
 mod combine;
+mod concat;
 mod conv;
 mod cpu;
 mod dropout;
@@ -33,6 +35,7 @@ mod resample;
 mod rms_norm;
 mod simd;
 mod softmax;
+mod tape;
 mod vmath;
 
 pub mod gradcheck;
@@ -43,9 +46,11 @@ pub mod rng;
 use gemm as _;
 
 pub use activation::{Activation, gelu, gelu_tanh, mish, relu, silu};
+pub use add::add;
 pub use attention::{attention, attention_heads};
 pub use bias::add_bias;
 pub use combine::{combine, combine_each};
+pub use concat::concat;
 pub use conv::{
     Padding, WINOGRAD_VARIABLE, Winograd, conv_transpose1d, conv_transpose2d, conv1d, conv2d,
     set_winograd, winograd,

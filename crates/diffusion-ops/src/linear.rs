@@ -3,6 +3,7 @@
 use crate::bias::add_last;
 use crate::cpu::{by_float, half_on_cpu, native, slice};
 use crate::gradient::{deliver, wanted};
+use crate::tape::{apply2, apply3};
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor,
     WithDType, bail,
@@ -50,8 +51,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine),
-        None => x.apply_op2(&weight, Affine),
+        Some(bias) => apply3(&x, &weight, &bias.contiguous()?, Affine),
+        None => apply2(&x, &weight, Affine),
     }
 }
 

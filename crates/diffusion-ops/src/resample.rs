@@ -5,6 +5,7 @@
 
 use crate::cpu::{by_float, filled, half_on_cpu, native, slice, worth};
 use crate::gradient::deliver;
+use crate::tape::apply1;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
 };
@@ -164,7 +165,7 @@ fn apply(x: &Tensor, rows: Axis, cols: Axis) -> Result<Tensor> {
         return apply(&x.to_dtype(DType::F32)?, rows, cols)?.to_dtype(x.dtype());
     }
     if native(x) {
-        x.contiguous()?.apply_op1(Separable { rows, cols })
+        apply1(&x.contiguous()?, Separable { rows, cols })
     } else {
         composed(x, &rows, &cols)
     }

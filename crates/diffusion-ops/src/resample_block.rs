@@ -3,6 +3,7 @@
 use crate::cpu::{Real, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::deliver;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply1;
 use crate::vmath::real;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -28,7 +29,7 @@ fn apply(x: &Tensor, factors: (usize, usize), direction: Direction, weight: f64)
         weight,
     };
     if native(x) {
-        x.contiguous()?.apply_op1(op)
+        apply1(&x.contiguous()?, op)
     } else {
         op.composed(x)
     }

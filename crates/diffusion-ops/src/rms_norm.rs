@@ -2,6 +2,7 @@
 
 use crate::cpu::{half_on_cpu, native};
 use crate::layer_norm::Rows;
+use crate::tape::apply2;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// Root-mean-square normalisation (Zhang and Sennrich 2019, equation 4).
@@ -29,7 +30,7 @@ pub fn rms_norm(x: &Tensor, gamma: &Tensor, eps: f64) -> Result<Tensor> {
     }
     let op = Rows::<false>(eps);
     if native(x) {
-        x.contiguous()?.apply_op2(&gamma.contiguous()?, op)
+        apply2(&x.contiguous()?, &gamma.contiguous()?, op)
     } else {
         op.composed(x, gamma)
     }

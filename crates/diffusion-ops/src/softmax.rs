@@ -3,6 +3,7 @@
 use crate::cpu::{Real, by_float, half_on_cpu, native, slice, worth, written};
 use crate::gradient::deliver;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::tape::apply1;
 use crate::vmath::{dot, exp_nonpositive, maximum, real, sum};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -30,12 +31,10 @@ pub fn softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
         return composed(x, dim);
     }
     if dim + 1 == rank {
-        return x.contiguous()?.apply_op1(Softmax);
+        return apply1(&x.contiguous()?, Softmax);
     }
-    x.transpose(dim, rank - 1)?
-        .contiguous()?
-        .apply_op1(Softmax)?
-        .transpose(dim, rank - 1)
+    let rows = x.transpose(dim, rank - 1)?.contiguous()?;
+    apply1(&rows, Softmax)?.transpose(dim, rank - 1)
 }
 
 fn composed(x: &Tensor, dim: usize) -> Result<Tensor> {

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::layer::{GroupNorm, Linear};
 use crate::store::Scope;
 use candle_core::Tensor;
+use diffusion_ops::add;
 
 /// Sizes of an [`Attention`].
 #[derive(Clone, Copy, Debug)]
@@ -132,7 +133,7 @@ impl Attention {
             y
         };
         let y = if self.config.residual_connection {
-            (y + x)?
+            add(&y, x)?
         } else {
             y
         };

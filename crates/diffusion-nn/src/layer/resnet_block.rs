@@ -10,7 +10,7 @@ use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::init::fnv1a;
-use diffusion_ops::{avg_pool2d, dropout};
+use diffusion_ops::{add, avg_pool2d, dropout};
 use serde::{Deserialize, Serialize};
 
 /// How the time enters a block.
@@ -234,7 +234,7 @@ impl ResnetBlock2D {
             Some(conv) => conv.forward(&x)?,
             None => x,
         };
-        rescaled((x + h)?, self.config.output_scale_factor)
+        rescaled(add(&x, &h)?, self.config.output_scale_factor)
     }
 
     /// The first convolution, the projected time, the second norm and the nonlinearity.

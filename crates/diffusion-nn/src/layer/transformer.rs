@@ -6,7 +6,7 @@ use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::init::{Init, fnv1a};
-use diffusion_ops::{attention, dropout, linear, softmax};
+use diffusion_ops::{add, attention, dropout, linear, softmax};
 
 /// Sizes of a [`TransformerEncoderLayer`], under the names and with the defaults of
 /// `torch.nn.TransformerEncoderLayer`.
@@ -139,11 +139,11 @@ impl TransformerEncoderLayer {
     /// If the shapes don't fit.
     pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         if self.config.norm_first {
-            let h = (x + self.attend(&self.norm1.forward(x)?, mask, mode)?)?;
-            return Ok((&h + self.feed(&self.norm2.forward(&h)?, mode)?)?);
+            let h = add(x, &self.attend(&self.norm1.forward(x)?, mask, mode)?)?;
+            return Ok(add(&h, &self.feed(&self.norm2.forward(&h)?, mode)?)?);
         }
-        let h = self.norm1.forward(&(x + self.attend(x, mask, mode)?)?)?;
-        self.norm2.forward(&(&h + self.feed(&h, mode)?)?)
+        let h = self.norm1.forward(&add(x, &self.attend(x, mask, mode)?)?)?;
+        self.norm2.forward(&add(&h, &self.feed(&h, mode)?)?)
     }
 
     fn attend(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {

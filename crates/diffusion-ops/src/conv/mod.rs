@@ -14,6 +14,7 @@ mod winograd_tile;
 mod winograd_transform;
 
 use crate::cpu::{half_on_cpu, native};
+use crate::tape::{apply2, apply3};
 use candle_core::{DType, Result, Tensor};
 pub(crate) use geometry::Geometry;
 use op::{Conv, bias_gradient, input_gradient, run, weight_gradient};
@@ -101,8 +102,8 @@ pub fn conv2d(
         g,
     };
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
-        None => x.apply_op2(&weight, op),
+        Some(bias) => apply3(&x, &weight, &bias.contiguous()?, op),
+        None => apply2(&x, &weight, op),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{Bias, Geometry, Padding, Weight, bias_gradient, input_gradient, run, weight_gradient};
 use crate::cpu::{by_float, half_on_cpu, native, slice, written};
 use crate::gradient::{deliver, wanted};
+use crate::tape::{apply2, apply3};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 /// Transposed convolution, the adjoint of [`conv2d`](crate::conv2d) with the same weight.
@@ -110,8 +111,8 @@ pub fn conv_transpose2d(
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let op = Transposed { g, outputs };
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
-        None => x.apply_op2(&weight, op),
+        Some(bias) => apply3(&x, &weight, &bias.contiguous()?, op),
+        None => apply2(&x, &weight, op),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::layer::{
 };
 use crate::store::Scope;
 use candle_core::Tensor;
+use diffusion_ops::add;
 
 /// How a block leaves its resolution.
 #[derive(Clone, Debug)]
@@ -125,7 +126,10 @@ impl DownBlock {
             Exit::Resnet(resnet) => pass.residual(&h, None, resnet, None)?,
             Exit::Skip { resnet, conv } => {
                 *image = fir_downsample2d(image)?;
-                (conv.forward(image)? + pass.residual(&h, None, resnet, None)?)?
+                add(
+                    &conv.forward(image)?,
+                    &pass.residual(&h, None, resnet, None)?,
+                )?
             }
         };
         kept.push(h.clone());

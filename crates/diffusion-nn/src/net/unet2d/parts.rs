@@ -6,6 +6,7 @@ use crate::layer::{Attention, AttentionConfig, Resample, ResnetBlock2D, ResnetBl
 use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::{Result as CandleResult, Tensor};
+use diffusion_ops::concat;
 use std::sync::Arc;
 
 /// What all blocks share while the network runs once.
@@ -50,7 +51,7 @@ fn residual(
     mode: Mode,
 ) -> Result<Tensor> {
     let h = match skip {
-        Some(skip) => resnet.forward(&Tensor::cat(&[h, skip], 1)?, Some(temb), mode)?,
+        Some(skip) => resnet.forward(&concat(h, skip, 1)?, Some(temb), mode)?,
         None => resnet.forward(h, Some(temb), mode)?,
     };
     match attention {
