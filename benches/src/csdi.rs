@@ -10,7 +10,7 @@ use diffusion_nn::layer::{
     TransformerEncoderLayerConfig,
 };
 use diffusion_nn::{Mode, Scope};
-use diffusion_ops::{gated_tanh, relu, silu};
+use diffusion_ops::{add, gated_tanh, relu, silu};
 use serde_json::{Value, json};
 
 const FEATURES: usize = 36;
@@ -132,7 +132,8 @@ impl Residual {
             .permute((0, 3, 2, 1))?
             .contiguous()?
             .reshape((b, c, cells))?;
-        let h = (self.mid_projection.forward(&h)? + self.cond_projection.forward(side)?)?;
+        let side = self.cond_projection.forward(side)?;
+        let h = add(&self.mid_projection.forward(&h)?, &side)?;
         let h = self.output_projection.forward(&gated_tanh(&h, 1)?)?;
         let residual = ((x + h.narrow(1, 0, c)?)? * std::f64::consts::FRAC_1_SQRT_2)?;
         Ok((residual, h.narrow(1, c, c)?))
@@ -179,7 +180,7 @@ impl Network {
             let (next, skip) = layer.forward(&h, &side, &step)?;
             h = next;
             skips = Some(match skips {
-                Some(sum) => (sum + skip)?,
+                Some(sum) => add(&sum, &skip)?,
                 None => skip,
             });
         }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use diffusion_nn::Scope;
 use diffusion_nn::layer::{Conv1d, Conv1dConfig, Linear};
-use diffusion_ops::{gated_tanh, relu, silu};
+use diffusion_ops::{add, gated_tanh, relu, silu};
 use serde_json::{Value, json};
 
 const CHANNELS: usize = 64;
@@ -96,7 +96,8 @@ impl Residual {
         step: &Tensor,
     ) -> diffusion_nn::Result<(Tensor, Tensor)> {
         let h = x.broadcast_add(&self.diffusion_projection.forward(step)?.unsqueeze(2)?)?;
-        let h = (self.dilated_conv.forward(&h)? + self.conditioner_projection.forward(mel)?)?;
+        let mel = self.conditioner_projection.forward(mel)?;
+        let h = add(&self.dilated_conv.forward(&h)?, &mel)?;
         let h = self.output_projection.forward(&gated_tanh(&h, 1)?)?;
         let residual = ((x + h.narrow(1, 0, CHANNELS)?)? * std::f64::consts::FRAC_1_SQRT_2)?;
         Ok((residual, h.narrow(1, CHANNELS, CHANNELS)?))
@@ -137,7 +138,7 @@ impl Network {
             let (next, skip) = layer.forward(&h, mel, &step)?;
             h = next;
             skips = Some(match skips {
-                Some(sum) => (sum + skip)?,
+                Some(sum) => add(&sum, &skip)?,
                 None => skip,
             });
         }
