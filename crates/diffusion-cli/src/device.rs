@@ -24,6 +24,9 @@ pub fn device(name: &str) -> Result<Device> {
     };
     let index = index.ok_or_else(unknown)?;
     let missing = |error: candle_core::Error, feature: &str| {
+        // The first line is the driver's; a backtrace may follow it.
+        let error = error.to_string();
+        let error = error.lines().next().unwrap_or_default();
         Report::new("--device", format!("{name}: {error}"))
             .remedy(format!(
                 "use a build with --features {feature} on a machine that has one, or --device cpu"

@@ -1,5 +1,6 @@
 //! The `diffusion` command.
 
+mod convert;
 mod device;
 mod images;
 mod inspect;
@@ -53,6 +54,9 @@ enum Command {
     /// Say what a model folder holds.
     #[command(after_help = "Example:\n  diffusion inspect digits-model")]
     Inspect(inspect::Inspect),
+    /// Turn weight files and model folders of other programs into safetensors and folders of ours.
+    #[command(after_help = convert::EXAMPLES)]
+    Convert(convert::Convert),
 }
 
 fn main() -> ExitCode {
@@ -80,6 +84,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Images(command) => images::run(command, &cli.global),
         Command::Inspect(command) => inspect::run(&command, &cli.global),
+        Command::Convert(command) => convert::run(&command, &cli.global),
     }
 }
 

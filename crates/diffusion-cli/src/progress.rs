@@ -79,6 +79,13 @@ impl Observer for Progress {
                     eprintln!("step {step}  {text}");
                 }
             }
+            Event::Evaluated { step, values } => {
+                let values: Vec<String> = values
+                    .iter()
+                    .map(|(name, value)| format!("{} {value:.4}", name.replace('_', " ")))
+                    .collect();
+                self.say(&format!("step {step}: {}", values.join(", ")));
+            }
             Event::Spike { step, why } => self.say(&format!("step {step}: spike: {why}")),
             Event::Skipped { step, why } => self.say(&format!("step {step}: skipped: {why}")),
             Event::RolledBack { step, to, why } => {

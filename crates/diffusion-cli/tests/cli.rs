@@ -74,6 +74,16 @@ fn train_resume_sample_inspect() {
         "the same seed on another number of threads"
     );
     assert_ne!(weights("a"), weights("c"), "another seed");
+    let metrics = std::fs::read_to_string(at.join("a/run/metrics.jsonl")).unwrap();
+    let look = metrics.lines().last().unwrap();
+    let look: serde_json::Value = serde_json::from_str(look).unwrap();
+    assert_eq!(look["event"], "evaluated");
+    assert!(look["held_out_loss"].as_f64().unwrap() > 0.0, "{look}");
+    let step = look["step"].as_u64().unwrap();
+    assert!(
+        at.join(format!("a/run/samples/step-{step:06}.png"))
+            .is_file()
+    );
 
     let sample = |out: &str, more: &[&str]| {
         let base = [
@@ -331,4 +341,86 @@ fn a_damaged_model_is_refused_by_name() {
     )
     .unwrap();
     sample(&[], 1, &["Mystery"]);
+}
+
+#[test]
+fn convert_between_files_and_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let train: Vec<&str> = TINY.iter().copied().chain(["m"]).collect();
+    succeeds(&train, at);
+    succeeds(&["convert", "m", "w.safetensors"], at);
+    succeeds(&["convert", "m", "whole"], at);
+    let config = "m/unet/config.json";
+    succeeds(
+        &["convert", "w.safetensors", "bare", "--network", config],
+        at,
+    );
+    // The pixels of unconditional samples, without the settings that a file keeps.
+    let sample = |model: &str, more: &[&str]| {
+        let base = [
+            "images", "sample", "--model", model, "-n", "2", "--steps", "2", "-q",
+        ];
+        let args: Vec<&str> = base
+            .iter()
+            .chain(&["--out", "s.png"])
+            .chain(more)
+            .copied()
+            .collect();
+        succeeds(&args, at);
+        let decoder = png::Decoder::new(std::io::BufReader::new(
+            std::fs::File::open(at.join("s.png")).unwrap(),
+        ));
+        let mut reader = decoder.read_info().unwrap();
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut pixels).unwrap();
+        pixels
+    };
+    let expected = sample("m", &[]);
+    assert_eq!(sample("whole", &[]), expected);
+    assert_eq!(sample("bare", &[]), expected);
+    let classes = ["--class", "3"];
+    assert_eq!(sample("whole", &classes), sample("m", &classes));
+    assert!(std::fs::read_dir(at).unwrap().all(|e| {
+        let name = e.unwrap().file_name();
+        !name.to_string_lossy().starts_with('.')
+    }));
+
+    refuses(
+        &["convert", "m", "whole"],
+        at,
+        2,
+        &["whole", "exists already"],
+    );
+    refuses(&["convert", "w.safetensors", "n"], at, 2, &["--network"]);
+    refuses(
+        &["convert", "m", "n", "--half"],
+        at,
+        2,
+        &["--half", "a .safetensors file"],
+    );
+    let strip = ["convert", "m", "n.safetensors", "--strip", "nope."];
+    refuses(&strip, at, 2, &["nope.", "conv_in.bias"]);
+    succeeds(&["convert", "m", "h.safetensors", "--half"], at);
+    let size = |name: &str| std::fs::metadata(at.join(name)).unwrap().len();
+    assert!(size("h.safetensors") < size("w.safetensors") * 2 / 3);
+    std::fs::write(at.join("broken.pth"), b"PK").unwrap();
+    refuses(
+        &["convert", "broken.pth", "n.safetensors"],
+        at,
+        1,
+        &["broken.pth"],
+    );
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(at.join(config)).unwrap()).unwrap();
+    config["block_out_channels"] = serde_json::json!([8, 24]);
+    std::fs::write(at.join("other.json"), config.to_string()).unwrap();
+    let other = ["convert", "w.safetensors", "n", "--network", "other.json"];
+    refuses(
+        &other,
+        at,
+        1,
+        &["w.safetensors", "not the weights of this network"],
+    );
+    assert!(!at.join("n").exists());
 }

@@ -26,6 +26,7 @@ pub mod picture;
 pub mod preset;
 pub mod run;
 pub mod train;
+pub mod validate;
 
 /// An error of the network crate as one of the core's.
 pub fn from_nn(error: diffusion_nn::Error) -> diffusion_core::Error {

@@ -220,6 +220,37 @@ impl ImageModel {
         })
     }
 
+    /// A model of weights that are at hand, as training has them (`class_embedding.weight` included
+    /// for a conditional one).
+    ///
+    /// # Errors
+    /// `Config` when the configuration is impossible, `Input` when weights are missing.
+    pub fn from_weights(
+        config: &ImageConfig,
+        classes: &[String],
+        weights: &BTreeMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let network = Store::serve(weights, DType::F32, device, |scope| {
+            UNet2D::new(&config.network, scope)
+        })
+        .map_err(from_nn)?;
+        let scheduler = config.scheduler_json()?.to_string();
+        let conditional = config.network.num_class_embeds.is_some();
+        Ok(Self {
+            network,
+            config: config.network.clone(),
+            scheduler: Scheduler::from_json(&scheduler, "scheduler of the configuration")?,
+            classes: if conditional {
+                classes.to_vec()
+            } else {
+                Vec::new()
+            },
+            device: device.clone(),
+            parameters: weights.values().map(Tensor::elem_count).sum(),
+        })
+    }
+
     /// Names of the classes, empty for an unconditional model.
     pub fn classes(&self) -> &[String] {
         &self.classes

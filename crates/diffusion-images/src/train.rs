@@ -196,6 +196,8 @@ pub fn held_out_loss(
             let ctx = StepCtx::new(seed, round, chunk.iter().map(|i| *i as u64).collect());
             let points = objective.draw((0..chunk.len()).map(|i| ctx.time_key(i)));
             let epsilon = ctx.noise(&images.dims()[1..], DType::F32, model.device())?;
+            // An unconditional model is judged without the labels that the data may have.
+            let labels = labels.filter(|_| !model.classes().is_empty());
             let labels = labels.map(|l| l.to_vec1::<u32>()).transpose()?;
             let network = model.denoiser(labels.as_deref())?;
             let mut noise = CounterNoise::new(seed, 0..chunk.len() as u64);

@@ -7,6 +7,7 @@ use clap::Args;
 use diffusion_core::train::{Both, Cancel, JsonLines, Outcome};
 use diffusion_images::config::ImageConfig;
 use diffusion_images::data::{self, Color, Options};
+use diffusion_images::validate::Validation;
 use diffusion_images::{preset, run};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,6 +54,10 @@ pub struct Train {
     /// Turn images of a folder into grey ones.
     #[arg(long)]
     grey: bool,
+    /// Steps between two looks at the run: the loss on held-out images goes to metrics.jsonl, a grid
+    /// of samples to OUT/run/samples; 0 for none.
+    #[arg(long, value_name = "STEPS", default_value_t = 500)]
+    validate_every: u64,
     /// Print the configuration and stop.
     #[arg(long)]
     print_config: bool,
@@ -89,7 +94,18 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     interrupt::listen(&cancel)?;
     let progress = Progress::new(config.train.steps, global.quiet, &cancel);
     let metrics = JsonLines::new(run::run_folder(out).join("metrics.jsonl"));
-    let mut observer = Both(progress, metrics);
+    let samples = run::run_folder(out).join("samples");
+    let look = match args.validate_every {
+        0 => None,
+        every => Some(Validation::new(
+            every,
+            &splits.test,
+            Some(samples),
+            &config,
+            &device,
+        )?),
+    };
+    let mut observer = Both(Both(progress, metrics), look);
     let outcome = run::train(
         &config,
         &splits.train,
@@ -99,7 +115,7 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
         &mut observer,
         &cancel,
     )?;
-    observer.0.done();
+    observer.0.0.done();
     report(args, global, out, &config, outcome)
 }
 

@@ -68,7 +68,7 @@ pub fn load_weights(
 }
 
 /// The tensors of one file, told by its ending: `.safetensors`, an index `.json`, or a pickle
-/// (`.bin`, `.pth`, `.pt`); half precision becomes f32.
+/// (`.bin`, `.pth`, `.pt`, `.ckpt`); half precision becomes f32.
 ///
 /// # Errors
 /// As [`load_weights`]; `Unsupported` for another ending.
@@ -80,10 +80,10 @@ pub fn load_weight_file(path: &Path, limits: &Limits) -> Result<BTreeMap<String,
     widened(match ending {
         "safetensors" => read_safetensors(path, limits)?,
         "json" => read_sharded(path, limits)?,
-        "bin" | "pth" | "pt" => read_pickle(path, limits)?,
+        "bin" | "pth" | "pt" | "ckpt" => read_pickle(path, limits)?,
         other => {
             return Err(Report::file(path, format!("the ending {other:?}"))
-                .expected(".safetensors, .json (an index), .bin, .pth or .pt")
+                .expected(".safetensors, .json (an index), .bin, .pth, .pt or .ckpt")
                 .unsupported());
         }
     })

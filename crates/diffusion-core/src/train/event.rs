@@ -1,8 +1,11 @@
 //! What a run reports while it runs, and how it is asked to stop.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::Tensor;
 
 use crate::error::Result;
 
@@ -70,6 +73,13 @@ pub enum Event {
         /// Why.
         why: String,
     },
+    /// An observer has looked at the averaged weights.
+    Evaluated {
+        /// Steps done.
+        step: u64,
+        /// What it measured, by name.
+        values: Vec<(String, f64)>,
+    },
     /// A checkpoint is about to be written. Whoever keeps records makes them durable now.
     Saving {
         /// Steps done.
@@ -116,6 +126,26 @@ pub trait Observer {
     ///
     /// Ends the run: records that cannot be written are not dropped in silence.
     fn on(&mut self, event: &Event) -> Result<()>;
+
+    /// Whether [`Observer::evaluate`] wants to see the weights after this step.
+    fn wants(&self, _step: u64) -> bool {
+        false
+    }
+
+    /// Looks at the averaged weights after a step, between two steps of the run: measures them on
+    /// held-out data, draws samples. What it returns is reported as [`Event::Evaluated`]. It cannot
+    /// change the run, whose random numbers depend on seed and step alone.
+    ///
+    /// # Errors
+    ///
+    /// Ends the run, as those of [`Observer::on`].
+    fn evaluate(
+        &mut self,
+        _step: u64,
+        _weights: &BTreeMap<String, Tensor>,
+    ) -> Result<Vec<(String, f64)>> {
+        Ok(Vec::new())
+    }
 }
 
 impl<F: FnMut(&Event)> Observer for F {
@@ -143,6 +173,50 @@ impl<A: Observer, B: Observer> Observer for Both<A, B> {
     fn on(&mut self, event: &Event) -> Result<()> {
         self.0.on(event)?;
         self.1.on(event)
+    }
+
+    fn wants(&self, step: u64) -> bool {
+        self.0.wants(step) || self.1.wants(step)
+    }
+
+    fn evaluate(
+        &mut self,
+        step: u64,
+        weights: &BTreeMap<String, Tensor>,
+    ) -> Result<Vec<(String, f64)>> {
+        let mut values = Vec::new();
+        if self.0.wants(step) {
+            values = self.0.evaluate(step, weights)?;
+        }
+        if self.1.wants(step) {
+            values.extend(self.1.evaluate(step, weights)?);
+        }
+        Ok(values)
+    }
+}
+
+/// An observer or none.
+impl<O: Observer> Observer for Option<O> {
+    fn on(&mut self, event: &Event) -> Result<()> {
+        match self {
+            Some(observer) => observer.on(event),
+            None => Ok(()),
+        }
+    }
+
+    fn wants(&self, step: u64) -> bool {
+        self.as_ref().is_some_and(|observer| observer.wants(step))
+    }
+
+    fn evaluate(
+        &mut self,
+        step: u64,
+        weights: &BTreeMap<String, Tensor>,
+    ) -> Result<Vec<(String, f64)>> {
+        match self {
+            Some(observer) => observer.evaluate(step, weights),
+            None => Ok(Vec::new()),
+        }
     }
 }
 

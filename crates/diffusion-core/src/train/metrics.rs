@@ -101,6 +101,13 @@ impl Observer for JsonLines {
             Event::RolledBack { to, .. } => self.cut(*to),
             Event::Spike { step, why } => self.line(&note(step, "spike", why)),
             Event::Skipped { step, why } => self.line(&note(step, "skipped", why)),
+            Event::Evaluated { step, values } => {
+                let mut line = json!({ "step": step, "event": "evaluated" });
+                for (name, value) in values {
+                    line[name] = json!(value);
+                }
+                self.line(&line)
+            }
             // What a checkpoint stands for must not be lost when the power goes after it.
             Event::Saving { .. } => match &self.file {
                 Some(file) => file.sync_data().map_err(|e| Error::io(&self.path, e)),

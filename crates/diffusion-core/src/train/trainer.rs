@@ -233,8 +233,14 @@ impl Trainer {
                     false => Outcome::Interrupted { step },
                 });
             }
+            let before = self.progress.step;
             self.advance(objective, source, &mut order, &mut run, &mut logged)?;
             let step = self.progress.step;
+            // A step that was left out or rolled back is not a new one to look at.
+            if self.progress.skipped_in_row == 0 && run.observer.wants(step) && before < step {
+                let values = run.observer.evaluate(step, &self.ema()?)?;
+                run.observer.on(&Event::Evaluated { step, values })?;
+            }
             if step.is_multiple_of(self.config.checkpoint_every) {
                 self.progress.close_period();
                 self.save(objective, &mut run)?;
