@@ -15,6 +15,7 @@
 //! # }
 //! ```
 
+pub mod card;
 pub mod config;
 pub mod data;
 #[cfg(feature = "figures")]

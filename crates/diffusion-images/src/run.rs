@@ -1,5 +1,6 @@
 //! A whole training run in a folder: start, stop, resume, and the model at the end.
 
+use crate::card;
 use crate::config::ImageConfig;
 use crate::data::Dataset;
 use crate::model;
@@ -96,5 +97,6 @@ pub fn train(
     let outcome = trainer.run(&mut task, &source, observer, cancel)?;
     let weights = trainer.ema()?;
     model::save(out, config, data.classes(), &weights)?;
+    card::write(out, config, data, trainer.step())?;
     Ok(outcome)
 }
