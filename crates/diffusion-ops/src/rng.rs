@@ -47,6 +47,8 @@ pub mod stream {
     pub const SPLIT: u64 = 8;
     /// Brownian paths.
     pub const BROWNIAN: u64 = 9;
+    /// Subsets and resampling of evaluations.
+    pub const EVALUATION: u64 = 10;
     /// Everything that only tests draw.
     pub const TEST: u64 = 1000;
 }

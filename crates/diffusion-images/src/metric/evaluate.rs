@@ -1,0 +1,213 @@
+//! All figures about a set of samples, in one call.
+
+use super::classifier::Classifier;
+use super::features::Features;
+use super::frechet::{Moments, frechet};
+use super::interval::{Figure, bootstrap, share};
+use super::kernel::{KernelDistance, kernel_distance};
+use super::manifold::{Manifold, manifold};
+use super::memorise::{Memorisation, memorisation};
+use crate::data::Dataset;
+use candle_core::{Device, Tensor};
+use diffusion_core::Result;
+use std::fmt;
+
+/// Draws of a bootstrap interval; each takes the eigenvalues of a covariance.
+const ROUNDS: usize = 100;
+/// Subsets of the kernel distance, and the images of each.
+const SUBSETS: (usize, usize) = (50, 200);
+
+/// What is known about a set of samples. Every figure but the memorisation compares with images that
+/// neither the model nor the classifier has seen.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Evaluation {
+    /// How many samples.
+    pub samples: usize,
+    /// How many held-out images.
+    pub held_out: usize,
+    /// Fréchet distance in the classifier's features.
+    pub frechet: Figure,
+    /// Kernel distance in the classifier's features.
+    pub kernel: KernelDistance,
+    /// Precision, recall, density, coverage in the classifier's features.
+    pub manifold: Manifold,
+    /// The share of samples that the classifier puts into the class that was asked for.
+    pub accuracy: Option<Figure>,
+    /// Nearest training images, in pixels.
+    pub memorisation: Memorisation,
+}
+
+/// What samples are compared with: features of held-out images are computed once.
+pub struct Judge<'a> {
+    classifier: &'a Classifier,
+    held_out: Features,
+    moments: Moments,
+    held_out_pixels: Features,
+    train_pixels: Features,
+}
+
+impl<'a> Judge<'a> {
+    /// A judge with a classifier that was trained on `train`.
+    ///
+    /// # Errors
+    /// Images of another shape than the classifier's; fewer than two held-out images.
+    pub fn new(classifier: &'a Classifier, train: &Dataset, held_out: &Dataset) -> Result<Self> {
+        let pixels = |data: &Dataset| -> Result<(Tensor, Features)> {
+            let (images, _) = data.all(&Device::Cpu)?;
+            let rows = Features::from_tensor(&images)?;
+            Ok((images, rows))
+        };
+        let (images, held_out_pixels) = pixels(held_out)?;
+        let held_out = Features::from_tensor(&classifier.features(&images)?)?;
+        Ok(Self {
+            classifier,
+            moments: Moments::of(&held_out)?,
+            held_out,
+            held_out_pixels,
+            train_pixels: pixels(train)?.1,
+        })
+    }
+
+    /// The classifier.
+    pub fn classifier(&self) -> &Classifier {
+        self.classifier
+    }
+
+    /// All figures of samples, with the classes asked for where there are any.
+    ///
+    /// # Shapes
+    /// `samples [n, C, H, W]` in `[−1, 1]`, one label each.
+    ///
+    /// # Errors
+    /// Other shapes; values that are not finite; fewer than six samples.
+    pub fn evaluate(
+        &self,
+        samples: &Tensor,
+        labels: Option<&[u32]>,
+        seed: u64,
+    ) -> Result<Evaluation> {
+        let features = Features::from_tensor(&self.classifier.features(samples)?)?;
+        let manifold = manifold(&self.held_out, &features)?;
+        let distance =
+            |items: &[usize]| frechet(&Moments::of(&features.select(items)?)?, &self.moments);
+        let (subsets, size) = SUBSETS;
+        let accuracy = match labels {
+            Some(labels) => {
+                let n = labels.len();
+                let right = self.classifier.accuracy(samples, labels)? * n as f64;
+                Some(share(right.round() as usize, n)?)
+            }
+            None => None,
+        };
+        let pixels = Features::from_tensor(samples)?;
+        Ok(Evaluation {
+            samples: features.len(),
+            held_out: self.held_out.len(),
+            frechet: bootstrap(features.len(), ROUNDS, seed, distance)?,
+            kernel: kernel_distance(&self.held_out, &features, subsets, size, seed)?,
+            manifold,
+            accuracy,
+            memorisation: memorisation(&self.train_pixels, &self.held_out_pixels, &pixels)?,
+        })
+    }
+}
+
+impl fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figure = |f: &Figure| format!("{:.3}  [{:.3}, {:.3}]", f.value, f.low, f.high);
+        let Memorisation {
+            ratio,
+            samples,
+            held_out,
+            suspicious,
+            ..
+        } = &self.memorisation;
+        let mut rows = vec![
+            (
+                "samples",
+                format!("{}, held-out images {}", self.samples, self.held_out),
+            ),
+            ("Fréchet distance", figure(&self.frechet)),
+            (
+                "kernel distance",
+                format!("{:.4} ± {:.4}", self.kernel.mean, self.kernel.std),
+            ),
+            ("precision", format!("{:.3}", self.manifold.precision)),
+            ("recall", format!("{:.3}", self.manifold.recall)),
+            ("density", format!("{:.3}", self.manifold.density)),
+            ("coverage", format!("{:.3}", self.manifold.coverage)),
+        ];
+        if let Some(accuracy) = &self.accuracy {
+            rows.push(("labelled as asked", figure(accuracy)));
+        }
+        rows.push((
+            "nearest training image",
+            format!("{samples:.3}, held-out images {held_out:.3}, ratio {ratio:.3}"),
+        ));
+        rows.push(("suspiciously near", format!("{:.1} %", 100.0 * suspicious)));
+        for (name, value) in rows {
+            writeln!(f, "  {name:<24}{value}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::digits;
+    use crate::metric::ClassifierConfig;
+    use candle_core::DType;
+
+    #[test]
+    fn real_images_copies_and_noise_are_told_apart() {
+        let (train, test) = digits::load().unwrap().split().unwrap();
+        let config = ClassifierConfig {
+            epochs: 20,
+            ..ClassifierConfig::default()
+        };
+        let classifier = Classifier::train(&train, &config).unwrap();
+        let half = test.len() / 2;
+        let items = |of: std::ops::Range<usize>| test.select(&of.collect::<Vec<_>>()).unwrap();
+        let (real, other) = (items(0..half), items(half..test.len()));
+        let judge = Judge::new(&classifier, &train, &real).unwrap();
+
+        let (images, _) = other.all(&Device::Cpu).unwrap();
+        let floor = judge.evaluate(&images, other.labels(), 0).unwrap();
+        let accuracy = floor.accuracy.unwrap();
+        assert!(
+            accuracy.value > 0.9 && accuracy.low < accuracy.value,
+            "{floor:?}"
+        );
+        assert!((floor.memorisation.ratio - 1.0).abs() < 0.15, "{floor:?}");
+        assert!(floor.manifold.coverage > 0.7, "{floor:?}");
+
+        let copies: Vec<usize> = (0..half).collect();
+        let (copies, _) = train.select(&copies).unwrap().all(&Device::Cpu).unwrap();
+        let copied = judge.evaluate(&copies, None, 0).unwrap();
+        assert_eq!(copied.memorisation.ratio, 0.0);
+        assert_eq!(copied.memorisation.suspicious, 1.0);
+        assert_eq!(copied.memorisation.nearest, (0..half).collect::<Vec<_>>());
+
+        let noise = diffusion_ops::rng::Key::new(1, 0).uniform(half * 64);
+        let noise: Vec<f32> = noise.into_iter().map(|u| (2.0 * u - 1.0) as f32).collect();
+        let noise = Tensor::from_vec(noise, (half, 1, 8, 8), &Device::Cpu).unwrap();
+        let bad = judge.evaluate(&noise, None, 0).unwrap();
+        assert!(
+            bad.frechet.low > 5.0 * floor.frechet.high,
+            "{bad:?} {floor:?}"
+        );
+        assert!(
+            bad.kernel.mean > 10.0 * floor.kernel.mean.abs(),
+            "{bad:?} {floor:?}"
+        );
+        assert!(bad.manifold.coverage < 0.3, "{bad:?}");
+        let text = bad.to_string();
+        assert!(
+            text.contains("Fréchet distance") && !text.contains("labelled"),
+            "{text}"
+        );
+        let wrong = Tensor::zeros((9, 1, 4, 4), DType::F32, &Device::Cpu).unwrap();
+        assert!(judge.evaluate(&wrong, None, 0).is_err());
+    }
+}
