@@ -344,6 +344,32 @@ fn a_damaged_model_is_refused_by_name() {
 }
 
 #[test]
+fn evaluate_says_how_far_samples_are_from_real_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let train: Vec<&str> = TINY.iter().copied().chain(["m"]).collect();
+    succeeds(&train, at);
+    let evaluate = ["images", "evaluate", "--model", "m", "--data", "digits"];
+    let more = ["-n", "40", "--steps", "2", "-q", "--json"];
+    let args: Vec<&str> = evaluate.iter().chain(&more).copied().collect();
+    let found: serde_json::Value = serde_json::from_str(&succeeds(&args, at)).unwrap();
+    let frechet = |row: &str| found[row]["frechet"]["value"].as_f64().unwrap();
+    // Six steps of training give noise, far from digits.
+    assert!(frechet("samples") > 5.0 * frechet("floor"), "{found}");
+    assert!(
+        found["floor"]["accuracy"]["value"].as_f64().unwrap() > 0.95,
+        "{found}"
+    );
+    assert_eq!(found["samples"]["samples"], 40);
+    refuses(
+        &[&evaluate[..], &["-n", "5"]].concat(),
+        at,
+        2,
+        &["-n", "6 to 100000"],
+    );
+}
+
+#[test]
 fn convert_between_files_and_folders() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();

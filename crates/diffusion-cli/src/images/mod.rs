@@ -1,5 +1,6 @@
 //! `diffusion images …`
 
+mod evaluate;
 mod sample;
 mod train;
 
@@ -17,6 +18,9 @@ pub enum Command {
     /// Make new images with a trained model.
     #[command(after_help = sample::EXAMPLES)]
     Sample(sample::Sample),
+    /// Measure a model's samples against images that it has not seen.
+    #[command(after_help = evaluate::EXAMPLES)]
+    Evaluate(evaluate::Evaluate),
 }
 
 /// Runs a command.
@@ -24,5 +28,6 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
     match command {
         Command::Train(command) => train::run(&command, global),
         Command::Sample(command) => sample::run(&command, global),
+        Command::Evaluate(command) => evaluate::run(&command, global),
     }
 }

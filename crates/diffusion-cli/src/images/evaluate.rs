@@ -1,0 +1,150 @@
+//! `diffusion images evaluate`
+
+use crate::progress::Progress;
+use crate::{Global, device, interrupt};
+use anyhow::Result;
+use clap::Args;
+use diffusion_core::Report;
+use diffusion_core::grid::Grid;
+use diffusion_core::guide::Clip;
+use diffusion_core::sample::SamplerConfig;
+use diffusion_core::train::Cancel;
+use diffusion_images::data::{self, Color, Dataset, Options};
+use diffusion_images::metric::{Classifier, ClassifierConfig, Evaluation, Judge};
+use diffusion_images::model::{ImageModel, SampleRequest};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+pub const EXAMPLES: &str = "Example:
+  diffusion images evaluate --model digits-model --data digits
+
+A classifier is trained on the training images of --data, which must have classes; its features
+carry the distances. Samples are compared with the held-out images; the row `floor` is what half of
+the held-out images score against the other half.";
+
+/// Options of `diffusion images evaluate`.
+#[derive(Args)]
+pub struct Evaluate {
+    /// Model folder.
+    #[arg(long)]
+    model: PathBuf,
+    /// The data that the model was trained on: as for `train`.
+    #[arg(long)]
+    data: String,
+    /// Number of samples; as many as there are held-out images when absent.
+    #[arg(short)]
+    n: Option<usize>,
+    /// Sampler, as for `sample`.
+    #[arg(long, default_value = "dpmpp-2m")]
+    sampler: String,
+    /// Steps of the sampler.
+    #[arg(long, default_value_t = 20)]
+    steps: usize,
+    /// Classifier-free guidance, for models with classes.
+    #[arg(long, default_value_t = 1.0)]
+    guidance: f64,
+    /// Images computed at a time.
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Resize images of a folder to this many pixels, square.
+    #[arg(long)]
+    size: Option<u32>,
+    /// Turn images of a folder into grey ones.
+    #[arg(long)]
+    grey: bool,
+}
+
+pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
+    let device = device::device(&global.device)?;
+    let seed = global.seed.unwrap_or(0);
+    let options = Options {
+        resize: args.size,
+        color: if args.grey {
+            Color::Grey
+        } else {
+            Options::default().color
+        },
+    };
+    let splits = data::splits(&args.data, &options)?;
+    let model = ImageModel::open(&args.model, &device)?;
+    let (train, test) = (&splits.train, &splits.test);
+    let shape = [train.channels(), train.height(), train.width()];
+    if model.image_shape()? != shape {
+        return Err(Report::new("--data", format!("images of {shape:?}"))
+            .expected(format!("{:?}, as the model makes", model.image_shape()?))
+            .remedy("give the data that the model was trained on")
+            .config()
+            .into());
+    }
+    let count = args.n.unwrap_or(test.len());
+    if !(6..=100_000).contains(&count) {
+        return Err(Report::new("-n", count)
+            .expected("6 to 100000 samples")
+            .config()
+            .into());
+    }
+    let labels = classes(&model, test, count)?;
+    let request = SampleRequest {
+        count,
+        sampler: SamplerConfig::named(&args.sampler)?,
+        grid: Grid::Trailing,
+        steps: args.steps,
+        labels: labels.clone(),
+        guidance: args.guidance,
+        clip: Clip::Static { range: 1.0 },
+        batch: args.batch,
+        seed,
+    };
+    let cancel = Cancel::new();
+    interrupt::listen(&cancel)?;
+    let classifier = Classifier::train(train, &ClassifierConfig::default())?;
+    let batches = count.div_ceil(args.batch.max(1));
+    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
+    let images = model.sample(&request, &mut progress)?;
+    progress.done();
+    let judge = Judge::new(&classifier, train, test)?;
+    let samples = judge.evaluate(&images, labels.as_deref(), seed)?;
+    report(&samples, &floor(&classifier, train, test, seed)?, global)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The classes to ask for: as often as they occur among the held-out images.
+fn classes(model: &ImageModel, test: &Dataset, count: usize) -> Result<Option<Vec<u32>>> {
+    if model.classes().is_empty() {
+        return Ok(None);
+    }
+    if model.classes() != test.classes() {
+        let found = format!("classes {}", test.classes().join(", "));
+        return Err(Report::new("--data", found)
+            .expected(format!("{}, as in the model", model.classes().join(", ")))
+            .remedy("give the data that the model was trained on")
+            .config()
+            .into());
+    }
+    let labels = test.labels().unwrap_or_default();
+    Ok(Some(labels.iter().copied().cycle().take(count).collect()))
+}
+
+/// What real images score: one half of the held-out ones judged by the other.
+fn floor(
+    classifier: &Classifier,
+    train: &Dataset,
+    test: &Dataset,
+    seed: u64,
+) -> Result<Evaluation> {
+    // Every other image, since a set may be sorted by class.
+    let half = |odd: usize| test.select(&(odd..test.len()).step_by(2).collect::<Vec<_>>());
+    let (even, odd) = (half(0)?, half(1)?);
+    let (images, _) = odd.all(&candle_core::Device::Cpu)?;
+    Ok(Judge::new(classifier, train, &even)?.evaluate(&images, odd.labels(), seed)?)
+}
+
+fn report(samples: &Evaluation, floor: &Evaluation, global: &Global) -> Result<()> {
+    if global.json {
+        let both = serde_json::json!({ "samples": samples, "floor": floor });
+        println!("{both}");
+    } else {
+        println!("samples\n{samples}\nfloor: real images against real images\n{floor}");
+    }
+    Ok(())
+}
