@@ -19,8 +19,9 @@ pub const EXAMPLES: &str = "Example:
   diffusion images evaluate --model digits-model --data digits
 
 A classifier is trained on the training images of --data, which must have classes; its features
-carry the distances. Samples are compared with the held-out images; the row `floor` is what half of
-the held-out images score against the other half.";
+carry the distances. Samples are compared with the held-out images. Below them stands what real
+images score, one half of the held-out ones against the other; a Fréchet distance from fewer images
+is larger by itself.";
 
 /// Options of `diffusion images evaluate`.
 #[derive(Args)]

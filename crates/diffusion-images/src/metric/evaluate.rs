@@ -8,7 +8,7 @@ use super::kernel::{KernelDistance, kernel_distance};
 use super::manifold::{Manifold, manifold};
 use super::memorise::{Memorisation, memorisation};
 use crate::data::Dataset;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion_core::Result;
 use std::fmt;
 
@@ -40,6 +40,9 @@ pub struct Evaluation {
 /// What samples are compared with: features of held-out images are computed once.
 pub struct Judge<'a> {
     classifier: &'a Classifier,
+    /// Features are divided by their root mean square over the held-out images: another classifier's
+    /// have another scale, and distances would have it too.
+    scale: f64,
     held_out: Features,
     moments: Moments,
     held_out_pixels: Features,
@@ -58,9 +61,13 @@ impl<'a> Judge<'a> {
             Ok((images, rows))
         };
         let (images, held_out_pixels) = pixels(held_out)?;
-        let held_out = Features::from_tensor(&classifier.features(&images)?)?;
+        let features = classifier.features(&images)?;
+        let square = features.sqr()?.mean_all()?.to_dtype(DType::F64)?;
+        let scale = square.to_scalar::<f64>()?.sqrt().max(f64::MIN_POSITIVE);
+        let held_out = Features::from_tensor(&(features / scale)?)?;
         Ok(Self {
             classifier,
+            scale,
             moments: Moments::of(&held_out)?,
             held_out,
             held_out_pixels,
@@ -86,7 +93,8 @@ impl<'a> Judge<'a> {
         labels: Option<&[u32]>,
         seed: u64,
     ) -> Result<Evaluation> {
-        let features = Features::from_tensor(&self.classifier.features(samples)?)?;
+        let features = (self.classifier.features(samples)? / self.scale)?;
+        let features = Features::from_tensor(&features)?;
         let manifold = manifold(&self.held_out, &features)?;
         let distance =
             |items: &[usize]| frechet(&Moments::of(&features.select(items)?)?, &self.moments);
@@ -157,7 +165,6 @@ mod tests {
     use super::*;
     use crate::data::digits;
     use crate::metric::ClassifierConfig;
-    use candle_core::DType;
 
     #[test]
     fn real_images_copies_and_noise_are_told_apart() {
