@@ -105,11 +105,7 @@ mod tests {
 
     #[test]
     fn the_interval_of_a_mean_is_that_of_its_standard_error() {
-        let x: Vec<f64> = Key::new(4, 0)
-            .normal(400)
-            .into_iter()
-            .map(f64::from)
-            .collect();
+        let x: Vec<f64> = Key::new(4, 0).normal(400);
         let mean =
             |items: &[usize]| Ok(items.iter().map(|i| x[*i]).sum::<f64>() / items.len() as f64);
         let f = bootstrap(x.len(), 1000, 7, mean).unwrap();

@@ -109,11 +109,7 @@ mod tests {
 
     fn normal(seed: u64, n: usize, d: usize, shift: f64) -> Features {
         let values = Key::new(seed, 0).normal(n * d);
-        Features::new(
-            values.into_iter().map(|v| f64::from(v) + shift).collect(),
-            d,
-        )
-        .unwrap()
+        Features::new(values.into_iter().map(|v| v + shift).collect(), d).unwrap()
     }
 
     #[test]

@@ -116,11 +116,7 @@ mod tests {
     fn the_same_law_and_a_collapsed_one() {
         let normal = |seed: u64, n: usize, scale: f64| {
             let values = Key::new(seed, 0).normal(n * 2);
-            Features::new(
-                values.into_iter().map(|v| scale * f64::from(v)).collect(),
-                2,
-            )
-            .unwrap()
+            Features::new(values.into_iter().map(|v| scale * v).collect(), 2).unwrap()
         };
         let real = normal(1, 400, 1.0);
         let same = manifold(&real, &normal(2, 400, 1.0)).unwrap();

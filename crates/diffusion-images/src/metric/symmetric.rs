@@ -192,7 +192,7 @@ mod tests {
         let values = Key::new(n as u64, 0).normal(n * r);
         let mut out = Symmetric::zeros(n);
         for column in 0..r {
-            let x: Vec<f64> = (0..n).map(|i| f64::from(values[i * r + column])).collect();
+            let x: Vec<f64> = (0..n).map(|i| values[i * r + column]).collect();
             out.add_outer(&x, 1.0);
         }
         out
