@@ -20,7 +20,8 @@ pub const EXAMPLES: &str = "Examples:
 /// Options of `diffusion images train`.
 #[derive(Args)]
 pub struct Train {
-    /// `digits` (built in), an IDX file, or a folder of images (sub-folders are classes).
+    /// `digits`, `mnist` or `emoji` (built in), an IDX or npz file, CIFAR-10's binary files, or a
+    /// folder of images (sub-folders are classes).
     #[arg(long, default_value = "digits")]
     data: String,
     /// Folder for the model and the state of the run.

@@ -3,6 +3,7 @@
 use super::MAX_DATASET_BYTES;
 use candle_core::{Device, Tensor};
 use diffusion_core::{Report, Result};
+use diffusion_ops::rng::Key;
 
 /// Pixel values of all images, in the order image, channel, row, column.
 #[derive(Clone, Debug, PartialEq)]
@@ -152,23 +153,59 @@ impl Dataset {
     /// # Errors
     /// No item, or one that is not below [`Dataset::len`]; those of tensor creation.
     pub fn batch(&self, items: &[usize], device: &Device) -> Result<(Tensor, Option<Tensor>)> {
+        self.gather_batch(items, None, device)
+    }
+
+    /// [`Dataset::batch`] with some of the images mirrored left to right.
+    ///
+    /// ```text
+    /// x'[b, c, h, w] = x[b, c, h, W − 1 − w]   where flips[b],   else x[b, c, h, w]
+    /// ```
+    ///
+    /// A pure function of its arguments; [`flips`] draws the second one.
+    ///
+    /// # Errors
+    /// Those of [`Dataset::batch`]; another number of flips than of items.
+    pub fn batch_flipped(
+        &self,
+        items: &[usize],
+        flips: &[bool],
+        device: &Device,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if flips.len() != items.len() {
+            return Err(Report::new(&self.name, format!("{} flips", flips.len()))
+                .expected(format!("{}, one for each item", items.len()))
+                .config());
+        }
+        self.gather_batch(items, Some(flips), device)
+    }
+
+    fn gather_batch(
+        &self,
+        items: &[usize],
+        flips: Option<&[bool]>,
+        device: &Device,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         self.check_items(items)?;
-        let size = self.image_size();
+        let (size, width) = (self.image_size(), self.width);
         let mut values = Vec::with_capacity(items.len() * size);
+        let flipped = |i: usize| flips.is_some_and(|flips| flips[i]);
         match &self.pixels {
             Pixels::Levels {
                 values: levels,
                 max,
             } => {
                 let table = level_table(*max);
-                for &item in items {
+                let convert = |v: u8| table[usize::from(v)];
+                for (i, &item) in items.iter().enumerate() {
                     let image = &levels[item * size..][..size];
-                    values.extend(image.iter().map(|&v| table[usize::from(v)]));
+                    push_image(image, width, flipped(i), convert, &mut values);
                 }
             }
             Pixels::Real(reals) => {
-                for &item in items {
-                    values.extend_from_slice(&reals[item * size..][..size]);
+                for (i, &item) in items.iter().enumerate() {
+                    let image = &reals[item * size..][..size];
+                    push_image(image, width, flipped(i), |v| v, &mut values);
                 }
             }
         }
@@ -219,21 +256,6 @@ impl Dataset {
         })
     }
 
-    /// The fixed split into training and test images: image `i` is for testing if `i mod 5 = 4`.
-    ///
-    /// # Errors
-    /// Fewer than 5 images.
-    pub fn split(&self) -> Result<(Dataset, Dataset)> {
-        if self.count < 5 {
-            return Err(Report::new(&self.name, format!("{} images", self.count))
-                .expected("at least 5, of which every fifth is held out for testing")
-                .remedy("add images")
-                .input());
-        }
-        let (test, train): (Vec<usize>, Vec<usize>) = (0..self.count).partition(|i| i % 5 == 4);
-        Ok((self.select(&train)?, self.select(&test)?))
-    }
-
     /// Images of `self` followed by those of `other`.
     pub(super) fn concat(mut self, other: Dataset) -> Result<Dataset> {
         self.must_match(&other)?;
@@ -269,7 +291,11 @@ impl Dataset {
             .input())
     }
 
-    fn image_size(&self) -> usize {
+    pub(super) fn pixels(&self) -> &Pixels {
+        &self.pixels
+    }
+
+    pub(super) fn image_size(&self) -> usize {
         self.channels * self.height * self.width
     }
 
@@ -301,6 +327,36 @@ fn level_table(max: u8) -> Vec<f32> {
     (0..=max)
         .map(|v| (2.0 * f64::from(v) / f64::from(max) - 1.0) as f32)
         .collect()
+}
+
+/// Appends an image, its rows backwards if it is to be flipped.
+fn push_image<T: Copy>(
+    image: &[T],
+    width: usize,
+    flip: bool,
+    convert: impl Fn(T) -> f32,
+    out: &mut Vec<f32>,
+) {
+    if flip {
+        for row in image.chunks_exact(width) {
+            out.extend(row.iter().rev().map(|&v| convert(v)));
+        }
+    } else {
+        out.extend(image.iter().map(|&v| convert(v)));
+    }
+}
+
+/// Which of the items are to be mirrored: a fair coin for each, by key and item alone.
+///
+/// ```text
+/// flip(item) = below(2) at (key.seed, key.stream, item, key.step)
+/// ```
+///
+/// With the epoch as the key's step every image gets a new coin in every epoch, whatever the size
+/// of a batch.
+pub fn flips(key: Key, items: &[usize]) -> Vec<bool> {
+    let coin = |&item: &usize| key.item(item as u64).below(2) == 1;
+    items.iter().map(coin).collect()
 }
 
 fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
@@ -361,120 +417,4 @@ fn check_labels(name: &str, labels: &Labels, count: usize) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bytes(count: usize) -> Dataset {
-        let values = (0..count * 6).map(|v| (v * 51 % 256) as u8).collect();
-        let labels = Labels {
-            values: (0..count as u32).map(|v| v % 2).collect(),
-            classes: vec!["even".into(), "odd".into()],
-        };
-        let pixels = Pixels::Levels { values, max: 255 };
-        Dataset::new("toy", (1, 2, 3), pixels, Some(labels)).unwrap()
-    }
-
-    #[test]
-    fn eight_bits_become_minus_one_to_one() {
-        let (x, y) = bytes(3).batch(&[2, 0], &Device::Cpu).unwrap();
-        assert_eq!(x.dims(), [2, 1, 2, 3]);
-        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let expected = |v: usize| (f64::from((v * 51 % 256) as u8) / 127.5 - 1.0) as f32;
-        for (i, value) in x.iter().enumerate() {
-            let v = if i < 6 { 12 + i } else { i - 6 };
-            assert!((value - expected(v)).abs() < 1e-7);
-        }
-        assert_eq!((x[6], x[11]), (-1.0, 1.0));
-        assert_eq!(y.unwrap().to_vec1::<u32>().unwrap(), [0, 0]);
-    }
-
-    #[test]
-    fn real_values_pass_unchanged_and_are_checked() {
-        let make = |values| Dataset::new("real", (1, 1, 2), Pixels::Real(values), None);
-        let (x, y) = make(vec![-1.0, 0.25, 0.5, 1.0])
-            .unwrap()
-            .all(&Device::Cpu)
-            .unwrap();
-        assert_eq!(
-            x.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
-            [-1.0, 0.25, 0.5, 1.0]
-        );
-        assert!(y.is_none());
-        for (bad, clue) in [(1.5, "1.5"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
-            let message = make(vec![0.0, 0.0, 0.0, bad]).unwrap_err().to_string();
-            assert!(
-                message.contains("image 1, value 1") && message.contains(clue),
-                "{message}"
-            );
-        }
-    }
-
-    #[test]
-    fn wrong_counts_are_refused() {
-        let levels = |n: usize| Pixels::Levels {
-            values: vec![0; n],
-            max: 255,
-        };
-        for (shape, n) in [
-            ((1, 2, 3), 7),
-            ((1, 2, 3), 0),
-            ((0, 2, 3), 6),
-            ((1 << 40, 1 << 40, 2), 4),
-        ] {
-            assert!(
-                Dataset::new("toy", shape, levels(n), None).is_err(),
-                "{shape:?} {n}"
-            );
-        }
-        let labels = |values: Vec<u32>| {
-            Some(Labels {
-                values,
-                classes: vec!["a".into()],
-            })
-        };
-        let with = |values| Dataset::new("toy", (1, 1, 1), levels(2), labels(values));
-        assert!(with(vec![0, 0]).is_ok());
-        assert!(
-            with(vec![0])
-                .unwrap_err()
-                .to_string()
-                .contains("1 labels; expected 2")
-        );
-        assert!(
-            with(vec![0, 1])
-                .unwrap_err()
-                .to_string()
-                .contains("label 1")
-        );
-        let data = bytes(3);
-        assert!(
-            data.batch(&[3], &Device::Cpu)
-                .unwrap_err()
-                .to_string()
-                .contains("item 3")
-        );
-        assert!(data.batch(&[], &Device::Cpu).is_err());
-    }
-
-    #[test]
-    fn split_select_and_concat_keep_every_image_once() {
-        let data = bytes(11);
-        let (train, test) = data.split().unwrap();
-        assert_eq!((train.len(), test.len()), (9, 2));
-        assert_eq!(test, data.select(&[4, 9]).unwrap());
-        let both = train.concat(test).unwrap();
-        assert_eq!(
-            both,
-            data.select(&[0, 1, 2, 3, 5, 6, 7, 8, 10, 4, 9]).unwrap()
-        );
-        assert!(
-            bytes(4)
-                .split()
-                .unwrap_err()
-                .to_string()
-                .contains("at least 5")
-        );
-        assert!(check_total("x", MAX_DATASET_BYTES).is_ok());
-        assert!(check_total("x", MAX_DATASET_BYTES + 1).is_err());
-    }
-}
+mod tests;

@@ -2,16 +2,25 @@
 //!
 //! | in the file | becomes |
 //! |---|---|
-//! | grey or colour of 1, 2, 4 bits, palette | 8 bits, spread over 0..=255 |
-//! | 16 bits | `round(v / 257)` |
-//! | transparency α | composed on white: `round((α c + (255 − α) 255) / 255)` |
+//! | grey of 1, 2, 4 bits | 8 bits: `v · 255 / (2ᵇ − 1)`, exact |
+//! | grey of 8 bits, JPEG grey | as it is, 1 channel |
+//! | grey of 16 bits | `round(v / 257)`, 1 channel |
+//! | grey and α, grey with a transparent value | composed on the background `b`; 1 channel if the background is grey, else 3 |
+//! | palette of 1, 2, 4, 8 bits | the colours of its entries, 3 channels |
+//! | palette with α, RGB with a transparent colour, RGBA | composed on the background, 3 channels |
+//! | RGB of 8 bits, JPEG colour | as it is, 3 channels |
+//! | RGB, RGBA of 16 bits | as with 8 bits, rounded once at the end |
 //! | an Exif orientation | an upright picture |
 //! | colour, where grey is asked for | `Y = 0.299 R + 0.587 G + 0.114 B` (ITU-R BT.601) |
+//!
+//! ```text
+//! composed = round(255 (α c + (m − α) b m / 255) / m²),   m = 255 or 65535,   b = 255 by default
+//! ```
 //!
 //! Colour profiles and gamma chunks are not applied: pixel values are taken as they stand.
 
 use super::container::{self, Flaw, Kind};
-use super::{MAX_IMAGE_BYTES, MAX_SIDE, input};
+use super::{Fit, MAX_IMAGE_BYTES, MAX_SIDE, input};
 use diffusion_core::{Error, Report, Result};
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder};
 use image::imageops::FilterType;
@@ -32,17 +41,47 @@ pub(super) struct Pixmap {
     pub pixels: Vec<u8>,
 }
 
-/// Reads a file; `square` crops the centre and resizes it to that side.
-pub(super) fn read(path: &Path, square: Option<u32>) -> Result<Pixmap> {
+/// What is done to a picture.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Conversion {
+    /// The side of the square that it becomes.
+    pub side: Option<u32>,
+    /// How it becomes a square.
+    pub fit: Fit,
+    /// What lies behind transparent pixels.
+    pub background: [u8; 3],
+}
+
+impl Default for Conversion {
+    fn default() -> Self {
+        Self {
+            side: None,
+            fit: Fit::Crop,
+            background: [255; 3],
+        }
+    }
+}
+
+/// Reads a file.
+pub(super) fn read(path: &Path, conversion: &Conversion) -> Result<Pixmap> {
     let bytes = input::read_bounded(path, MAX_FILE_BYTES)?;
-    let kind = container::check(&bytes).map_err(|flaw| refuse(path, flaw))?;
+    from_bytes(path, &bytes, conversion)
+}
+
+/// Reads the bytes of a file, which `path` stands for in errors.
+pub(super) fn from_bytes(path: &Path, bytes: &[u8], conversion: &Conversion) -> Result<Pixmap> {
+    let kind = container::check(bytes).map_err(|flaw| refuse(path, flaw))?;
+    let behind = conversion.background;
     let decoded = match kind {
-        Kind::Png => PngDecoder::with_limits(Cursor::new(&bytes), limits()).and_then(to_eight_bits),
-        Kind::Jpeg => JpegDecoder::new(Cursor::new(&bytes)).and_then(to_eight_bits),
+        Kind::Png => PngDecoder::with_limits(Cursor::new(bytes), limits())
+            .and_then(|decoder| to_eight_bits(decoder, behind)),
+        Kind::Jpeg => {
+            JpegDecoder::new(Cursor::new(bytes)).and_then(|decoder| to_eight_bits(decoder, behind))
+        }
     };
     let picture = decoded.map_err(|error| undecodable(path, kind, error))?;
-    let picture = match square {
-        Some(side) => resize(picture, side),
+    let picture = match conversion.side {
+        Some(side) => resize(picture, side, conversion.fit),
         None => picture,
     };
     let (width, height) = (picture.width(), picture.height());
@@ -96,7 +135,7 @@ fn limits() -> Limits {
     limits
 }
 
-fn to_eight_bits(mut decoder: impl ImageDecoder) -> ImageResult<DynamicImage> {
+fn to_eight_bits(mut decoder: impl ImageDecoder, behind: [u8; 3]) -> ImageResult<DynamicImage> {
     decoder.set_limits(limits())?;
     let (width, height) = decoder.dimensions();
     let color = decoder.color_type();
@@ -116,8 +155,8 @@ fn to_eight_bits(mut decoder: impl ImageDecoder) -> ImageResult<DynamicImage> {
         ColorType::Rgba16 => (4, true),
         _ => return Err(wrong_size()),
     };
-    flatten(&mut buffer, channels, wide);
-    let picture = if channels <= 2 {
+    let colors = flatten(&mut buffer, channels, wide, behind);
+    let picture = if colors == 1 {
         GrayImage::from_raw(width, height, buffer).map(DynamicImage::ImageLuma8)
     } else {
         RgbImage::from_raw(width, height, buffer).map(DynamicImage::ImageRgb8)
@@ -132,16 +171,26 @@ fn wrong_size() -> image::ImageError {
     image::ImageError::Parameter(image::error::ParameterError::from_kind(kind))
 }
 
-/// Composes on white and rounds to 8 bits, in place: no pixel grows, so none is overwritten early.
-fn flatten(buffer: &mut Vec<u8>, channels: usize, wide: bool) {
+/// Composes on the background and rounds to 8 bits; the number of channels that are left.
+fn flatten(buffer: &mut Vec<u8>, channels: usize, wide: bool, behind: [u8; 3]) -> usize {
     let (colors, alpha) = if channels <= 2 {
         (1, channels == 2)
     } else {
         (3, channels == 4)
     };
     if !wide && !alpha {
-        return;
+        return colors;
     }
+    if colors == 1 && alpha && behind != [behind[0]; 3] {
+        // Grey on a coloured background is colour: the grey stands for all three.
+        let sample = if wide { 2 } else { 1 };
+        *buffer = buffer
+            .chunks_exact(2 * sample)
+            .flat_map(|p| [&p[..sample], &p[..sample], p].concat())
+            .collect();
+        return flatten(buffer, 4, wide, behind);
+    }
+    // In place: no pixel grows, so none is overwritten early.
     let max: u64 = if wide { 65_535 } else { 255 };
     let stride = channels * if wide { 2 } else { 1 };
     let count = buffer.len() / stride;
@@ -156,25 +205,29 @@ fn flatten(buffer: &mut Vec<u8>, channels: usize, wide: bool) {
         let opacity = if alpha { sample(buffer, colors) } else { max };
         let mut pixel = [0; 3];
         for (c, value) in pixel.iter_mut().enumerate().take(colors) {
-            // One rounding for both steps: 255 (α c + (max − α) max) / max².
-            let composed = opacity * sample(buffer, c) + (max - opacity) * max;
+            // One rounding for both steps; max / 255 is whole.
+            let ground = u64::from(behind[c]) * (max / 255);
+            let composed = opacity * sample(buffer, c) + (max - opacity) * ground;
             *value = ((composed * 255 + max * max / 2) / (max * max)) as u8;
         }
         buffer[i * colors..][..colors].copy_from_slice(&pixel[..colors]);
     }
     buffer.truncate(count * colors);
+    colors
 }
 
-/// The largest centred square, resized by a Lanczos filter that is widened when it shrinks.
-fn resize(picture: DynamicImage, side: u32) -> DynamicImage {
+/// The largest centred square or the whole picture, resized by a Lanczos filter that is widened
+/// when it shrinks.
+fn resize(picture: DynamicImage, side: u32, fit: Fit) -> DynamicImage {
     let (width, height) = (picture.width(), picture.height());
     let square = width.min(height);
-    let cropped = if width == height {
-        picture
-    } else {
-        picture.crop_imm((width - square) / 2, (height - square) / 2, square, square)
+    let cropped = match fit {
+        Fit::Crop if width != height => {
+            picture.crop_imm((width - square) / 2, (height - square) / 2, square, square)
+        }
+        _ => picture,
     };
-    if square == side {
+    if (cropped.width(), cropped.height()) == (side, side) {
         cropped
     } else {
         cropped.resize_exact(side, side, FilterType::Lanczos3)
@@ -206,64 +259,4 @@ fn undecodable(path: &Path, kind: Kind, error: image::ImageError) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn alpha_is_composed_on_white() {
-        let mut rgba = vec![10, 20, 30, 0, 10, 20, 30, 255, 100, 0, 255, 51];
-        flatten(&mut rgba, 4, false);
-        // The third pixel: 0.2 c + 0.8 · 255.
-        assert_eq!(rgba, [255, 255, 255, 10, 20, 30, 224, 204, 255]);
-        let mut grey = vec![0, 128, 77, 255];
-        flatten(&mut grey, 2, false);
-        assert_eq!(grey, [127, 77]);
-    }
-
-    #[test]
-    fn sixteen_bits_are_rounded_not_cut() {
-        let values = [0u16, 128, 129, 257, 65_535, 65_406, 32_767];
-        let mut bytes: Vec<u8> = values.iter().flat_map(|v| v.to_ne_bytes()).collect();
-        flatten(&mut bytes, 1, true);
-        let expected: Vec<u8> = values
-            .iter()
-            .map(|&v| (f64::from(v) / 257.0).round() as u8)
-            .collect();
-        assert_eq!(bytes, expected);
-        let mut rgba: Vec<u8> = [65_535u16, 0, 1000, 0, 0, 25_700, 65_535, 65_535]
-            .map(u16::to_ne_bytes)
-            .concat();
-        flatten(&mut rgba, 4, true);
-        assert_eq!(rgba, [255, 255, 255, 0, 100, 255]);
-    }
-
-    #[test]
-    fn grey_is_bt601_and_planes_are_separated() {
-        let picture = Pixmap {
-            width: 2,
-            height: 1,
-            channels: 3,
-            pixels: vec![255, 0, 0, 1, 2, 3],
-        };
-        let mut planes = Vec::new();
-        picture.append_planes(3, &mut planes);
-        assert_eq!(planes, [255, 1, 0, 2, 0, 3]);
-        let grey = picture.into_grey();
-        assert_eq!(grey.pixels, [76, 2]);
-        let mut planes = Vec::new();
-        grey.append_planes(3, &mut planes);
-        assert_eq!(planes, [76, 2, 76, 2, 76, 2]);
-    }
-
-    #[test]
-    fn resizing_crops_the_centre_and_keeps_a_constant() {
-        let mut wide = GrayImage::from_pixel(12, 4, image::Luma([0]));
-        for y in 0..4 {
-            for x in 4..8 {
-                wide.put_pixel(x, y, image::Luma([200]));
-            }
-        }
-        let small = resize(DynamicImage::ImageLuma8(wide), 2).into_luma8();
-        assert_eq!(small.into_raw(), [200; 4]);
-    }
-}
+mod tests;

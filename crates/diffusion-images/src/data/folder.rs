@@ -11,7 +11,7 @@
 //! its name ends in.
 
 use super::dataset::check_total;
-use super::decode::{self, Pixmap};
+use super::decode::{self, Conversion, Pixmap};
 use super::{Dataset, Labels, MAX_SIDE, Pixels};
 use diffusion_core::{Error, Report, Result};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// How the images of a folder are made alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Crop the centre square and resize it to this width and height. Without it all images must
+    /// Make each image a square of this width and height, by [`Fit`]. Without it all images must
     /// have one size.
     pub resize: Option<u32>,
     /// Grey or colour.
@@ -38,6 +38,75 @@ pub enum Color {
     Rgb,
 }
 
+/// How a picture becomes a square when a size is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fit {
+    /// The largest centred square is resized; what lies outside it is lost.
+    #[default]
+    Crop,
+    /// The whole picture is resized; proportions are lost.
+    Stretch,
+}
+
+/// What happens to a file that cannot be read as an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Broken {
+    /// Reading stops with an error that names the file.
+    #[default]
+    Refuse,
+    /// The file is left out, with a warning, and listed in [`Skipped`].
+    Skip,
+}
+
+/// Everything that can be asked of a folder of images.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Import {
+    /// Size and colour.
+    pub options: Options,
+    /// How a picture becomes a square.
+    pub fit: Fit,
+    /// The red, green, blue on which transparent pictures are composed; white by default.
+    pub background: [u8; 3],
+    /// What happens to broken files.
+    pub broken: Broken,
+}
+
+impl Default for Import {
+    fn default() -> Self {
+        Self::from(Options::default())
+    }
+}
+
+impl From<Options> for Import {
+    fn from(options: Options) -> Self {
+        Self {
+            options,
+            fit: Fit::default(),
+            background: [255; 3],
+            broken: Broken::default(),
+        }
+    }
+}
+
+impl Import {
+    fn conversion(&self) -> Conversion {
+        Conversion {
+            side: self.options.resize,
+            fit: self.fit,
+            background: self.background,
+        }
+    }
+}
+
+/// A file that was left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// The file.
+    pub file: PathBuf,
+    /// Why: the error that it would have been.
+    pub reason: String,
+}
+
 /// All images of a folder.
 ///
 /// # Errors
@@ -45,6 +114,19 @@ pub enum Color {
 /// no image, is damaged or exceeds the limits; images of different sizes when no resizing is asked
 /// for. Each error names the file.
 pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
+    Ok(import(folder, &Import::from(options.clone()))?.0)
+}
+
+/// [`read`] with all that can be asked, and the files that were left out.
+///
+/// With [`Broken::Skip`] files that are no image, are damaged or exceed the limits are left out.
+/// At least one image must remain. A file that the system cannot read and one of another size than
+/// the others still stop the reading: neither is the file's own fault.
+///
+/// # Errors
+/// Those of [`read`]; no image remains.
+pub fn import(folder: &Path, import: &Import) -> Result<(Dataset, Vec<Skipped>)> {
+    let options = &import.options;
     if let Some(side) = options.resize
         && !(1..=MAX_SIDE / 4).contains(&side)
     {
@@ -55,6 +137,7 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
     }
     let found = Listing::read(folder)?;
     let mut stack = Stack::default();
+    let mut skipped = Vec::new();
     let mut labels = Vec::new();
     let mut classes = Vec::new();
     if found.folders.is_empty() {
@@ -62,7 +145,9 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
             return Err(empty(folder));
         }
         for file in &found.files {
-            stack.push(file, options)?;
+            if let Some(picture) = decode_or_skip(file, import, &mut skipped)? {
+                stack.push(file, picture, options)?;
+            }
         }
     } else {
         if let Some(file) = found.files.first() {
@@ -84,8 +169,10 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
                 return Err(empty(sub));
             }
             for file in &inner.files {
-                stack.push(file, options)?;
-                labels.push(class as u32);
+                if let Some(picture) = decode_or_skip(file, import, &mut skipped)? {
+                    stack.push(file, picture, options)?;
+                    labels.push(class as u32);
+                }
             }
         }
     }
@@ -93,7 +180,36 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
         values: labels,
         classes,
     });
-    stack.finish(folder, labels)
+    if let (0, Some(first)) = (stack.count, skipped.first()) {
+        let found = format!("no image but {} broken files", skipped.len());
+        return Err(Report::file(folder, found)
+            .expected("at least one image that can be read")
+            .remedy(format!("look at the first: {}", first.reason))
+            .input());
+    }
+    Ok((stack.finish(folder, labels)?, skipped))
+}
+
+/// The picture of a file, or nothing if it is broken and that is allowed.
+fn decode_or_skip(
+    file: &Path,
+    import: &Import,
+    skipped: &mut Vec<Skipped>,
+) -> Result<Option<Pixmap>> {
+    match decode::read(file, &import.conversion()) {
+        Ok(picture) => Ok(Some(picture)),
+        Err(error @ (Error::Input(_) | Error::Limit(_) | Error::Unsupported(_)))
+            if import.broken == Broken::Skip =>
+        {
+            tracing::warn!(file = %file.display(), %error, "a broken image: left out");
+            skipped.push(Skipped {
+                file: file.to_path_buf(),
+                reason: error.to_string(),
+            });
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// The folders `train` and `test`, if these two are all that a folder holds.
@@ -184,8 +300,7 @@ struct Stack {
 }
 
 impl Stack {
-    fn push(&mut self, file: &Path, options: &Options) -> Result<()> {
-        let mut picture = decode::read(file, options.resize)?;
+    fn push(&mut self, file: &Path, mut picture: Pixmap, options: &Options) -> Result<()> {
         if options.color == Color::Grey {
             picture = picture.into_grey();
         }
@@ -256,3 +371,6 @@ impl Stack {
         )
     }
 }
+
+#[cfg(test)]
+mod tests;

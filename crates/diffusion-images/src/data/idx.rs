@@ -27,22 +27,32 @@ const CHUNK: u64 = 4 << 20;
 /// Names the file and what is wrong with it: another format or type, a length that differs from
 /// the header's, sizes over the limits, a damaged gzip stream, labels of another number.
 pub fn read(path: &Path) -> Result<Dataset> {
-    let (header, values) = Idx::open(path)?.read::<3>()?;
-    let [count, rows, columns] = header;
-    let labels = match labels_companion(path) {
-        Some(file) => Some(read_labels(&file, count)?),
-        None => None,
-    };
-    Dataset::new(
-        path.display().to_string(),
-        (1, rows as usize, columns as usize),
-        Pixels::Levels { values, max: 255 },
-        labels,
-    )
+    let beside = labels_companion(path);
+    let labels = beside.as_deref().map(Idx::open).transpose()?;
+    dataset(path.display().to_string(), Idx::open(path)?, labels)
 }
 
-fn read_labels(path: &Path, images: u32) -> Result<Labels> {
-    let ([count], values) = Idx::open(path)?.read::<1>()?;
+/// Images and labels that are built into the program.
+pub(super) fn from_bytes(
+    name: &str,
+    images: &'static [u8],
+    labels: &'static [u8],
+) -> Result<Dataset> {
+    let images = Idx::new(Path::new("images"), images.len() as u64, images)?;
+    let labels = Idx::new(Path::new("labels"), labels.len() as u64, labels)?;
+    dataset(name.to_string(), images, Some(labels))
+}
+
+fn dataset(name: String, images: Idx, labels: Option<Idx>) -> Result<Dataset> {
+    let ([count, rows, columns], values) = images.read::<3>()?;
+    let labels = labels.map(|idx| read_labels(idx, count)).transpose()?;
+    let shape = (1, rows as usize, columns as usize);
+    Dataset::new(name, shape, Pixels::Levels { values, max: 255 }, labels)
+}
+
+fn read_labels(idx: Idx, images: u32) -> Result<Labels> {
+    let path = idx.path;
+    let ([count], values) = idx.read::<1>()?;
     if count != images {
         return Err(Report::file(path, format!("{count} labels"))
             .expected(format!("{images}, one for each image beside it"))
@@ -89,22 +99,26 @@ struct Idx<'a> {
     path: &'a Path,
     length: u64,
     gzip: bool,
-    data: Box<dyn Read>,
+    data: Box<dyn Read + 'a>,
 }
 
 impl<'a> Idx<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         let length = input::check_regular(path)?;
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let mut file = BufReader::new(file);
-        let gzip = file
+        Self::new(path, length, BufReader::new(file))
+    }
+
+    /// `length` bytes that `path` stands for in errors.
+    fn new(path: &'a Path, length: u64, mut bytes: impl BufRead + 'a) -> Result<Self> {
+        let gzip = bytes
             .fill_buf()
             .map_err(|e| Error::io(path, e))?
             .starts_with(&[0x1f, 0x8b]);
-        let data: Box<dyn Read> = if gzip {
-            Box::new(MultiGzDecoder::new(file))
+        let data: Box<dyn Read + 'a> = if gzip {
+            Box::new(MultiGzDecoder::new(bytes))
         } else {
-            Box::new(file)
+            Box::new(bytes)
         };
         Ok(Self {
             path,

@@ -1,12 +1,20 @@
 //! Image data sets: where they come from, and how a pixel becomes a number in `[-1, 1]`.
 //!
-//! [`open`] understands three kinds of source:
+//! [`open`] understands these sources, and [`splits`] divides them:
 //!
-//! | spec | what it is |
-//! |---|---|
-//! | `digits` | 1797 handwritten digits of 8×8 pixels that are built into the program |
-//! | a file | IDX images (the format of MNIST and Fashion-MNIST), gzipped or not; labels are found by name |
-//! | a folder | PNG and JPEG files; sub-folders, if any, are classes |
+//! | spec | what it is | test images |
+//! |---|---|---|
+//! | `digits` | 1797 handwritten digits of 8×8 pixels that are built into the program | every fifth |
+//! | `mnist` | 10,000 handwritten digits of 28×28 pixels, built in | every fifth of a class |
+//! | `emoji` | 459 emoji of 32×32 pixels in colour, built in | every fifth of a class |
+//! | a file | IDX images (the format of MNIST and Fashion-MNIST), gzipped or not; labels are found by name | the test file beside it, else every fifth |
+//! | `….bin`, `….bin.gz` | one file of CIFAR-10 in its binary version | by hash |
+//! | `….npz` | NumPy arrays of images and labels | by hash |
+//! | a folder with `data_batch_….bin` or `test_batch.bin` | CIFAR-10 | `test_batch`, else by hash |
+//! | another folder | PNG and JPEG files; sub-folders, if any, are classes | its folder `test` beside `train`, else by hash |
+//!
+//! By hash means [`Dataset::split_by_hash`] with a share of [`TEST_SHARE`]: equal images fall on
+//! the same side.
 //!
 //! A data set is held in memory as integers and converted when a batch is asked for:
 //!
@@ -16,16 +24,22 @@
 //!
 //! Every reader checks what a header claims against what the file can hold before it allocates.
 
+pub mod cifar;
 mod container;
 mod dataset;
 mod decode;
 pub mod digits;
+pub mod emoji;
 pub mod folder;
 pub mod idx;
 mod input;
+pub mod mnist;
+pub mod npz;
+mod split;
 
-pub use dataset::{Dataset, Labels, Pixels};
-pub use folder::{Color, Options};
+pub use dataset::{Dataset, Labels, Pixels, flips};
+pub use folder::{Broken, Color, Fit, Import, Options, Skipped};
+pub use split::TEST_SHARE;
 
 use diffusion_core::{Error, Report, Result};
 use std::path::Path;
@@ -46,7 +60,7 @@ pub struct Splits {
     pub test: Dataset,
 }
 
-/// All images of a source: `digits`, an IDX file or a folder.
+/// All images of a source; the module's page lists the kinds.
 ///
 /// # Errors
 /// Input errors name the file, what was found, what was expected and what to do.
@@ -59,79 +73,150 @@ pub fn open(spec: &str) -> Result<Dataset> {
 /// # Errors
 /// Those of [`open`]; options that the source cannot honour are refused.
 pub fn open_with(spec: &str, options: &Options) -> Result<Dataset> {
-    match Source::find(spec, options)? {
-        Source::Digits => digits::load(),
-        Source::Idx(path) => idx::read(path),
-        Source::Folder(path) => match folder::split_folders(path)? {
-            Some((train, test)) => {
-                folder::read(&train, options)?.concat(folder::read(&test, options)?)
-            }
-            None => folder::read(path, options),
-        },
-    }
+    Ok(open_import(spec, &Import::from(options.clone()))?.0)
+}
+
+/// [`open_with`] with all that can be asked of a folder, and the files that were left out.
+///
+/// # Errors
+/// Those of [`open_with`].
+pub fn open_import(spec: &str, import: &Import) -> Result<(Dataset, Vec<Skipped>)> {
+    let data = match Source::find(spec, import)? {
+        Source::Digits => digits::load()?,
+        Source::Mnist => mnist::load()?,
+        Source::Emoji => emoji::load()?,
+        Source::Idx(path) => idx::read(path)?,
+        Source::Npz(path) => npz::read(path)?,
+        Source::Cifar(path) => cifar::read(path, [path])?,
+        Source::CifarFolder(path, batches) => {
+            let files = batches.train.iter().chain(&batches.test);
+            cifar::read(path, files.map(|file| file.as_path()))?
+        }
+        Source::Folder(path) => {
+            return match folder::split_folders(path)? {
+                Some((train, test)) => {
+                    let (train, mut skipped) = folder::import(&train, import)?;
+                    let (test, more) = folder::import(&test, import)?;
+                    skipped.extend(more);
+                    Ok((train.concat(test)?, skipped))
+                }
+                None => folder::import(path, import),
+            };
+        }
+    };
+    Ok((data, Vec::new()))
 }
 
 /// Training and test examples of a source.
 ///
 /// Files that are split already keep their split: `train-images-…` beside `t10k-images-…` or
-/// `test-images-…`, and a folder that holds the folders `train` and `test`. Anything else is
-/// split by [`Dataset::split`].
+/// `test-images-…`, `test_batch.bin` of CIFAR-10, and a folder that holds the folders `train` and
+/// `test`. The module's page says how anything else is split.
 ///
 /// # Errors
 /// Those of [`open_with`]; a source that is too small to split; splits of different shapes.
 pub fn splits(spec: &str, options: &Options) -> Result<Splits> {
-    let (train, test) = match Source::find(spec, options)? {
+    Ok(splits_import(spec, &Import::from(options.clone()))?.0)
+}
+
+/// [`splits`] with all that can be asked of a folder, and the files that were left out.
+///
+/// # Errors
+/// Those of [`splits`].
+pub fn splits_import(spec: &str, import: &Import) -> Result<(Splits, Vec<Skipped>)> {
+    let mut skipped = Vec::new();
+    let (train, test) = match Source::find(spec, import)? {
         Source::Digits => digits::load()?.split()?,
+        Source::Mnist => mnist::load()?.split_in_classes()?,
+        Source::Emoji => emoji::load()?.split_in_classes()?,
         Source::Idx(path) => match idx::test_companion(path) {
             Some(test) => (idx::read(path)?, idx::read(&test)?),
             None => idx::read(path)?.split()?,
         },
+        Source::Npz(path) => npz::read(path)?.split_by_hash(TEST_SHARE)?,
+        Source::Cifar(path) => cifar::read(path, [path])?.split_by_hash(TEST_SHARE)?,
+        Source::CifarFolder(path, batches) => {
+            let train = batches.train.iter().map(|file| file.as_path());
+            match &batches.test {
+                Some(test) if !batches.train.is_empty() => (
+                    cifar::read(path, train)?,
+                    cifar::read(path, [test.as_path()])?,
+                ),
+                Some(test) => cifar::read(path, [test.as_path()])?.split_by_hash(TEST_SHARE)?,
+                None => cifar::read(path, train)?.split_by_hash(TEST_SHARE)?,
+            }
+        }
         Source::Folder(path) => match folder::split_folders(path)? {
-            Some((train, test)) => (
-                folder::read(&train, options)?,
-                folder::read(&test, options)?,
-            ),
-            None => folder::read(path, options)?.split()?,
+            Some((train, test)) => {
+                let (train, fewer) = folder::import(&train, import)?;
+                let (test, more) = folder::import(&test, import)?;
+                skipped = [fewer, more].concat();
+                (train, test)
+            }
+            None => {
+                let (all, fewer) = folder::import(path, import)?;
+                skipped = fewer;
+                all.split_by_hash(TEST_SHARE)?
+            }
         },
     };
     train.must_match(&test)?;
-    Ok(Splits { train, test })
+    Ok((Splits { train, test }, skipped))
 }
 
 enum Source<'a> {
     Digits,
+    Mnist,
+    Emoji,
     Idx(&'a Path),
+    Npz(&'a Path),
+    Cifar(&'a Path),
+    CifarFolder(&'a Path, cifar::Batches),
     Folder(&'a Path),
 }
 
 impl<'a> Source<'a> {
-    fn find(spec: &'a str, options: &Options) -> Result<Self> {
+    fn find(spec: &'a str, import: &Import) -> Result<Self> {
         let path = Path::new(spec);
         let source = match std::fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => return Ok(Source::Folder(path)),
+            Ok(meta) if meta.is_dir() => match cifar::find(path)? {
+                Some(batches) => Source::CifarFolder(path, batches),
+                None => return Ok(Source::Folder(path)),
+            },
             // A file or folder of that name would have to be given as `./digits`.
             _ if spec == digits::NAME => Source::Digits,
+            _ if spec == mnist::NAME => Source::Mnist,
+            _ if spec == emoji::NAME => Source::Emoji,
             Ok(_) => {
                 input::check_regular(path)?;
-                Source::Idx(path)
+                if npz::is_one(path)? {
+                    Source::Npz(path)
+                } else if cifar::is_named_so(path) {
+                    Source::Cifar(path)
+                } else {
+                    Source::Idx(path)
+                }
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(
                     Report::new(format!("data `{spec}`"), "no such file or folder")
-                        .expected("`digits`, an IDX file or a folder of PNG or JPEG images")
+                        .expected(
+                            "`digits`, `mnist`, `emoji`, an IDX, CIFAR-10 or .npz file, or a folder of PNG or JPEG images",
+                        )
                         .remedy("check the path")
                         .input(),
                 );
             }
             Err(error) => return Err(Error::io(path, error)),
         };
-        if *options != Options::default() {
-            return Err(
-                Report::new(format!("data `{spec}`"), "a size or colour was asked for")
-                    .expected("such options with a folder of images only")
-                    .remedy("leave the options out")
-                    .config(),
-            );
+        if *import != Import::default() {
+            return Err(Report::new(
+                format!("data `{spec}`"),
+                "options such as a size or colour were given",
+            )
+            .expected("such options with a folder of images only")
+            .remedy("leave the options out")
+            .config());
         }
         Ok(source)
     }
