@@ -7,6 +7,7 @@ mod bench;
 mod ci;
 mod crash;
 mod data;
+mod hostile;
 mod parity;
 mod report;
 mod reproduce;
@@ -34,6 +35,7 @@ enum Task {
     Reproduce(reproduce::Args),
     Bench(bench::Args),
     Crash(crash::Args),
+    Hostile(hostile::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Task::Reproduce(args) => reproduce::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Crash(args) => crash::run(&args),
+        Task::Hostile(args) => hostile::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -24,8 +24,13 @@ pub struct Limits {
     pub safetensors_header: u64,
     /// Tensors in one file; 100 000.
     pub tensors: usize,
-    /// Bytes of a JSON or TOML file (configurations, indices, manifests); 16 MiB.
+    /// Bytes of a JSON file of a known form (indices, manifests) and of a pickle; 16 MiB.
     pub json_bytes: u64,
+    /// Bytes of a configuration in JSON or TOML, which takes up to a hundred times as much memory
+    /// as text; 512 KiB.
+    pub config_bytes: u64,
+    /// Instructions of a pickle; 1 000 000.
+    pub pickle_ops: u64,
     /// Width and height of an image, in pixels; 16 384.
     pub image_side: u32,
     /// Pixels of an image (width × height); 16 384².
@@ -43,6 +48,8 @@ impl Default for Limits {
             safetensors_header: 16 * MIB,
             tensors: 100_000,
             json_bytes: 16 * MIB,
+            config_bytes: MIB / 2,
+            pickle_ops: 1_000_000,
             image_side: 16_384,
             image_pixels: 16_384 * 16_384,
             image_bytes: 64 * MIB,
@@ -70,24 +77,36 @@ impl Limits {
             .limit())
     }
 
-    /// The whole of a small text file (JSON, TOML), at most [`Limits::json_bytes`].
+    /// The whole of a text file of a known form, at most [`Limits::json_bytes`].
     ///
     /// # Errors
     ///
     /// [`Error::Io`] when it cannot be read, [`Error::Limit`] when it is too long and
     /// [`Error::Input`] when it is not UTF-8.
     pub fn read_text(&self, path: &Path) -> Result<String> {
-        let bytes = read_at_most(path, self.json_bytes, "json_bytes")?;
-        String::from_utf8(bytes).map_err(|e| {
-            Report::file(
-                path,
-                format!("byte {} is not UTF-8", e.utf8_error().valid_up_to()),
-            )
-            .expected("UTF-8 text")
-            .remedy("save the file as UTF-8")
-            .input()
-        })
+        utf8(path, read_at_most(path, self.json_bytes, "json_bytes")?)
     }
+
+    /// The whole of a configuration (JSON, TOML), at most [`Limits::config_bytes`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Limits::read_text`].
+    pub fn read_config(&self, path: &Path) -> Result<String> {
+        utf8(path, read_at_most(path, self.config_bytes, "config_bytes")?)
+    }
+}
+
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        Report::file(
+            path,
+            format!("byte {} is not UTF-8", e.utf8_error().valid_up_to()),
+        )
+        .expected("UTF-8 text")
+        .remedy("save the file as UTF-8")
+        .input()
+    })
 }
 
 /// The whole of a file of at most `limit` bytes; `field` names the limit in the message.
@@ -130,6 +149,14 @@ mod tests {
         let error = limits.read_text(&path).unwrap_err();
         assert!(matches!(error, Error::Limit(_)));
         assert!(error.to_string().contains("json_bytes"), "{error}");
+        let small = Limits {
+            config_bytes: 9,
+            ..limits.clone()
+        };
+        assert_eq!(small.read_config(&path).unwrap(), "123456789");
+        fs::write(&path, "1234567890").unwrap();
+        let error = small.read_config(&path).unwrap_err().to_string();
+        assert!(error.contains("config_bytes"), "{error}");
         fs::write(&path, [b'a', 0xff]).unwrap();
         assert!(matches!(
             limits.read_text(&path).unwrap_err(),

@@ -17,7 +17,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::error::{Error, Report, Result};
 use crate::limits::Limits;
@@ -62,6 +62,7 @@ pub fn decode_safetensors(
 #[serde(deny_unknown_fields)]
 struct Info {
     dtype: String,
+    #[serde(deserialize_with = "shape")]
     shape: Vec<u64>,
     data_offsets: (u64, u64),
 }
@@ -114,41 +115,103 @@ impl Dtype {
     }
 }
 
-/// The header in file order. A plain map would let the last of two equal names win in silence.
-struct Header(Vec<(String, Info)>);
+/// Reads the header in file order, and counts its tensors; those above `most` are not kept. A plain
+/// map would let the last of two equal names win in silence.
+struct Header {
+    most: usize,
+}
 
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Collect;
-        impl<'de> Visitor<'de> for Collect {
-            type Value = Header;
+impl<'de> DeserializeSeed<'de> for Header {
+    type Value = (Vec<(String, Info)>, usize);
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object with one entry for each tensor")
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Header {
+    type Value = (Vec<(String, Info)>, usize);
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with one entry for each tensor")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut entries = Vec::new();
+        let mut seen = BTreeSet::new();
+        let mut count = 0;
+        while let Some(name) = map.next_key::<String>()? {
+            if count >= self.most && name != METADATA {
+                map.next_value::<IgnoredAny>()?;
+                count += 1;
+                continue;
             }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut entries = Vec::new();
-                let mut seen = BTreeSet::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if !seen.insert(name.clone()) {
-                        return Err(de::Error::custom(format!(
-                            "the name `{name}` appears twice"
-                        )));
-                    }
-                    if name == "__metadata__" {
-                        map.next_value::<BTreeMap<String, String>>()?;
-                    } else {
-                        let info = map
-                            .next_value()
-                            .map_err(|e| de::Error::custom(format!("tensor `{name}`: {e}")))?;
-                        entries.push((name, info));
-                    }
-                }
-                Ok(Header(entries))
+            if !seen.insert(name.clone()) {
+                return Err(de::Error::custom(format!(
+                    "the name `{name}` appears twice"
+                )));
+            }
+            if name == METADATA {
+                map.next_value::<Texts>()?;
+            } else {
+                let info = map
+                    .next_value()
+                    .map_err(|e| de::Error::custom(format!("tensor `{name}`: {e}")))?;
+                entries.push((name, info));
+                count += 1;
             }
         }
-        deserializer.deserialize_map(Collect)
+        Ok((entries, count))
+    }
+}
+
+const METADATA: &str = "__metadata__";
+/// The most dimensions of a tensor.
+const DIMENSIONS: usize = 32;
+
+/// The sizes of a tensor, counted while they are read.
+fn shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Sizes;
+    impl<'de> Visitor<'de> for Sizes {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {DIMENSIONS} sizes")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u64>, A::Error> {
+            let mut sizes = Vec::new();
+            while let Some(size) = list.next_element()? {
+                if sizes.len() == DIMENSIONS {
+                    return Err(de::Error::invalid_length(DIMENSIONS + 1, &self));
+                }
+                sizes.push(size);
+            }
+            Ok(sizes)
+        }
+    }
+    deserializer.deserialize_seq(Sizes)
+}
+
+/// Texts by name, checked and not kept.
+struct Texts;
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Check;
+        impl<'de> Visitor<'de> for Check {
+            type Value = Texts;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Texts, A::Error> {
+                while map.next_entry::<String, String>()?.is_some() {}
+                Ok(Texts)
+            }
+        }
+        deserializer.deserialize_map(Check)
     }
 }
 
@@ -181,14 +244,19 @@ fn read_header(reader: &mut dyn Read, len: u64, at: &Path, limits: &Limits) -> R
     )?;
     let mut json = vec![0; header_len as usize];
     reader.read_exact(&mut json).map_err(io)?;
-    let Header(entries) = serde_json::from_slice(&json).map_err(|e| {
-        damaged(at, format_args!("header: {e}"))
-            .expected("a safetensors header")
-            .input()
-    })?;
+    let mut parser = serde_json::Deserializer::from_slice(&json);
+    let most = limits.tensors;
+    let parsed = Header { most }.deserialize(&mut parser);
+    let (entries, count) = parsed
+        .and_then(|found| parser.end().map(|()| found))
+        .map_err(|e| {
+            damaged(at, format_args!("header: {e}"))
+                .expected("a safetensors header")
+                .input()
+        })?;
     Limits::require(
         format_args!("{}: tensors", at.display()),
-        entries.len() as u64,
+        count as u64,
         limits.tensors as u64,
         "tensors",
     )?;
@@ -240,7 +308,12 @@ fn check_entry(name: String, info: &Info, data: u64, at: &Path) -> Result<Entry>
             .expected(format!("inside the {data} bytes of data"))
             .input());
     }
-    let elements = info.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+    // A product that overflows beside a zero is refused too: strides are products of their own.
+    let volume = info
+        .shape
+        .iter()
+        .try_fold(1u64, |n, &d| n.checked_mul(d.max(1)));
+    let elements = volume.map(|n| if info.shape.contains(&0) { 0 } else { n });
     let bytes = elements.and_then(|n| n.checked_mul(dtype.bytes()));
     if bytes != Some(end - begin) {
         let claim = bytes.map_or("more than 2⁶⁴".to_string(), |b| b.to_string());

@@ -19,6 +19,7 @@ pub struct Archive {
     path: PathBuf,
     file: File,
     len: u64,
+    claimed: u64,
     members: BTreeMap<String, Member>,
 }
 
@@ -63,15 +64,16 @@ impl Archive {
             path: path.to_path_buf(),
             file,
             len,
+            claimed: 0,
             members: BTreeMap::new(),
         };
         archive.read_directory(limits)?;
         Ok(archive)
     }
 
-    /// The path of the archive.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The bytes of the archive.
+    pub fn len(&self) -> u64 {
+        self.len
     }
 
     /// The names of the members.
@@ -194,6 +196,15 @@ impl Archive {
         }
         if header.checked_add(size).is_none_or(|end| end > self.len) {
             return Err(self.damaged(format!("member {name:?} of {size} bytes at {header}")));
+        }
+        // Members lie one after the other, each behind a header of 30 bytes: what claims more would
+        // make a reader read the same bytes again and again.
+        self.claimed = self.claimed.saturating_add(size).saturating_add(30);
+        if self.claimed > self.len {
+            return Err(self.damaged("members that overlap".into()));
+        }
+        if self.members.contains_key(&name) {
+            return Err(self.damaged(format!("the member {name:?} twice")));
         }
         self.members.insert(name, Member { header, size });
         Ok(Some(length))

@@ -116,7 +116,10 @@ impl DiffusersFolder {
     pub fn scheduler(&self) -> Result<Scheduler> {
         self.component("scheduler")?;
         let file = self.path.join("scheduler").join("scheduler_config.json");
-        Scheduler::from_json(&self.limits.read_text(&file)?, &file.display().to_string())
+        Scheduler::from_json(
+            &self.limits.read_config(&file)?,
+            &file.display().to_string(),
+        )
     }
 
     /// The text of a network's `config.json`.
@@ -125,7 +128,7 @@ impl DiffusersFolder {
     /// `Input` when the pipeline does not have this part, `Io` when the file cannot be read.
     pub fn config_text(&self, name: &str) -> Result<String> {
         self.component(name)?;
-        self.limits.read_text(&self.config_path(name))
+        self.limits.read_config(&self.config_path(name))
     }
 
     /// Where a network's `config.json` is.
@@ -212,7 +215,7 @@ fn own_class(config: &Value, at: &str) -> Result<String> {
 }
 
 fn read_object(path: &Path, limits: &Limits) -> Result<serde_json::Map<String, Value>> {
-    let text = limits.read_text(path)?;
+    let text = limits.read_config(path)?;
     serde_json::from_str(&text).map_err(|error| {
         Report::file(path, error)
             .expected("a JSON object")

@@ -1,8 +1,8 @@
 //! State dicts that PyTorch pickled (`.bin`, `.pth`), without running anything that is in them.
 //!
 //! A pickle is a program for a stack machine that may call any function. This reader knows the
-//! instructions that build a dictionary of tensors and nothing else: every other call becomes an
-//! opaque value, and an opaque value where a tensor is wanted is an error.
+//! instructions that build a dictionary of tensors and nothing else: a call outside a short list of
+//! harmless constructors is an error, and what those make is an opaque value, never a tensor.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 
 use super::archive::Archive;
-use super::unpickle::{View, state_dict};
+use super::unpickle::{Flaw, View, state_dict};
 use crate::error::{Error, Report, Result};
 use crate::limits::Limits;
 
@@ -40,34 +40,63 @@ pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tens
             .unsupported());
     }
     let bytes = archive.read(&program, limits.json_bytes, "json_bytes")?;
-    let entries = state_dict(&bytes).map_err(|what| wrong(path, what))?;
+    let mut entries: Vec<(String, View)> = state_dict(&bytes, limits)
+        .map_err(|flaw| match flaw {
+            Flaw::Wrong(what) => wrong(path, what),
+            Flaw::TooMany(what, limit, field) => too_many(path, what, limit, field),
+        })?
+        .into_iter()
+        .collect();
+    drop(bytes);
+    // Each storage is read once, whatever the names of the tensors in it.
+    entries.sort_by(|a, b| (&a.1, &a.0).cmp(&(&b.1, &b.0)));
+    // Views may overlap, but never be worth more than the whole file and a little.
+    let mut left = archive.len().saturating_add(SPARE);
     let mut out = BTreeMap::new();
-    let mut storages: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut storage: Option<(String, Vec<u8>)> = None;
+    let mut last: Option<(View, Tensor)> = None;
     for (name, view) in entries {
-        let key = format!("{prefix}data/{}", view.storage.key);
-        if !storages.contains_key(&key) {
-            // Tensors that share a storage usually follow each other.
-            storages.clear();
-            storages.insert(
-                key.clone(),
-                archive.read(&key, limits.file_bytes, "file_bytes")?,
-            );
+        // Tied tensors are one tensor under several names.
+        if let Some((same, tensor)) = &last
+            && *same == view
+        {
+            out.insert(name, tensor.clone());
+            continue;
         }
-        let bytes = storages.get(&key).map_or(&[][..], Vec::as_slice);
-        out.insert(name.clone(), tensor(archive.path(), &name, &view, bytes)?);
+        let key = format!("{prefix}data/{}", view.key);
+        let bytes = match storage.take() {
+            Some((held, bytes)) if held == key => bytes,
+            _ => archive.read(&key, limits.file_bytes, "file_bytes")?,
+        };
+        let tensor = tensor(path, &name, &view, &bytes, &mut left)?;
+        storage = Some((key, bytes));
+        out.insert(name, tensor.clone());
+        last = Some((view, tensor));
     }
     Ok(out)
 }
 
-fn tensor(path: &Path, name: &str, view: &View, bytes: &[u8]) -> Result<Tensor> {
-    match view.storage.class.as_str() {
-        "FloatStorage" => typed(path, name, view, bytes, f32::from_le_bytes),
-        "DoubleStorage" => typed(path, name, view, bytes, f64::from_le_bytes),
-        "HalfStorage" => typed(path, name, view, bytes, f16::from_le_bytes),
-        "BFloat16Storage" => typed(path, name, view, bytes, bf16::from_le_bytes),
-        "LongStorage" => typed(path, name, view, bytes, i64::from_le_bytes),
-        "IntStorage" => typed(path, name, view, bytes, i32::from_le_bytes),
-        "ByteStorage" | "BoolStorage" => typed(path, name, view, bytes, u8::from_le_bytes),
+/// By how much overlapping views may exceed the length of the file.
+const SPARE: u64 = 16 << 20;
+
+fn too_many(path: &Path, what: &str, limit: u64, field: &str) -> Error {
+    Report::file(path, format!("more than {limit} {what}"))
+        .expected(format!("at most {limit}"))
+        .remedy(format!(
+            "raise the limit `{field}` if the file is to be trusted"
+        ))
+        .limit()
+}
+
+fn tensor(path: &Path, name: &str, view: &View, bytes: &[u8], left: &mut u64) -> Result<Tensor> {
+    match view.class.as_str() {
+        "FloatStorage" => typed(path, name, view, bytes, left, f32::from_le_bytes),
+        "DoubleStorage" => typed(path, name, view, bytes, left, f64::from_le_bytes),
+        "HalfStorage" => typed(path, name, view, bytes, left, f16::from_le_bytes),
+        "BFloat16Storage" => typed(path, name, view, bytes, left, bf16::from_le_bytes),
+        "LongStorage" => typed(path, name, view, bytes, left, i64::from_le_bytes),
+        "IntStorage" => typed(path, name, view, bytes, left, i32::from_le_bytes),
+        "ByteStorage" | "BoolStorage" => typed(path, name, view, bytes, left, u8::from_le_bytes),
         other => Err(
             Report::new(format!("{}: tensor `{name}`", path.display()), other)
                 .expected("float, double, half, bfloat16, long, int, byte or bool")
@@ -82,6 +111,7 @@ fn typed<T: WithDType, const N: usize>(
     name: &str,
     view: &View,
     bytes: &[u8],
+    left: &mut u64,
     decode: fn([u8; N]) -> T,
 ) -> Result<Tensor> {
     let values = bytes.as_chunks::<N>().0;
@@ -104,14 +134,19 @@ fn typed<T: WithDType, const N: usize>(
         .remedy("the file is damaged: copy or download it again")
         .input()
     };
-    let count = view
+    // A product that overflows beside a zero is refused too: strides are products of their own.
+    let volume = view
         .shape
         .iter()
-        .try_fold(1usize, |n, d| n.checked_mul(*d))
+        .try_fold(1usize, |n, d| n.checked_mul((*d).max(1)))
         .ok_or_else(bad)?;
+    let count = if view.shape.contains(&0) { 0 } else { volume };
     if view.shape.len() != view.stride.len() || count > values.len() {
         return Err(bad());
     }
+    *left = left
+        .checked_sub((count * N) as u64)
+        .ok_or_else(|| too_many(path, "bytes of overlapping tensors", SPARE, "file_bytes"))?;
     let mut out = Vec::with_capacity(count);
     let mut place = vec![0usize; view.shape.len()];
     for _ in 0..count {
@@ -251,6 +286,9 @@ mod tests {
     fn nothing_is_called_and_nothing_outside_is_read() {
         let call = b"cos\nsystem\n(X\x02\0\0\0lstR".to_vec();
         let message = read(&dict(&[("w", call)])).unwrap_err().to_string();
+        assert!(message.contains("a call of `system`"), "{message}");
+        let plain = b"cnumpy\ndtype\n)R".to_vec();
+        let message = read(&dict(&[("w", plain)])).unwrap_err().to_string();
         assert!(message.contains("`w`, which is no tensor"), "{message}");
         for (offset, shape, stride) in [
             (5, [1, 2], [1, 1]),
@@ -301,5 +339,138 @@ mod tests {
         assert!(message(&packed).contains("compressed"));
         assert!(message(&zip(&[("a/data.pkl", b"N.")])).contains("no dictionary"));
         assert!(message(&zip(&[("b", b"")])).contains("data.pkl"));
+    }
+
+    #[test]
+    fn twenty_programs_that_would_run_something_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let witness = dir.path().join("witness");
+        let touch = format!("touch {}", witness.display());
+        let sound = view("FloatStorage", "0", 0, [1, 1], [1, 1]);
+        let functions = [
+            ("os", "system"),
+            ("posix", "system"),
+            ("nt", "system"),
+            ("subprocess", "Popen"),
+            ("subprocess", "check_output"),
+            ("builtins", "eval"),
+            ("builtins", "exec"),
+            ("__builtin__", "eval"),
+            ("builtins", "open"),
+            ("builtins", "getattr"),
+            ("builtins", "__import__"),
+            ("importlib", "import_module"),
+            ("runpy", "run_path"),
+            ("shutil", "rmtree"),
+            ("socket", "create_connection"),
+            ("torch.hub", "load"),
+            ("torch", "load"),
+            ("numpy.testing._private.utils", "runstring"),
+            ("pickle", "loads"),
+            ("webbrowser", "open"),
+        ];
+        for (module, name) in functions {
+            let text = |text: &str| {
+                let mut p = vec![b'X'];
+                p.extend((text.len() as u32).to_le_bytes());
+                p.extend(text.bytes());
+                p
+            };
+            let global = format!("c{module}\n{name}\n").into_bytes();
+            let stack_global = [text(module), text(name), vec![0x93]].concat();
+            // By REDUCE and NEWOBJ, its result thrown away before a dictionary that is sound.
+            for (function, call) in [(&global, b'R'), (&stack_global, b'R'), (&global, 0x81)] {
+                let mut program = b"\x80\x04".to_vec();
+                program.extend([function, &text(&touch)[..], &[0x85, call, b'0']].concat());
+                program.extend(&dict(&[("w", sound.clone())])[2..]);
+                let message = read(&program).unwrap_err().to_string();
+                assert!(
+                    message.contains(&format!("a call of `{name}`")),
+                    "{message}"
+                );
+            }
+            // By the older instructions INST and OBJ.
+            for old in [
+                format!(
+                    "({:}i{module}\n{name}\n.",
+                    String::from_utf8(text("x")).unwrap()
+                ),
+                format!("(c{module}\n{name}\no."),
+            ] {
+                let message = read(old.as_bytes()).unwrap_err().to_string();
+                assert!(message.contains("the instruction"), "{message}");
+            }
+        }
+        assert!(!witness.exists());
+    }
+
+    #[test]
+    fn a_small_file_cannot_become_a_large_model() {
+        let data = vec![0u8; 1 << 20];
+        let read = |program: &[u8]| {
+            let members = [("a/data.pkl", program), ("a/data/0", &data)];
+            read_file(&zip(&members))
+        };
+        // A thousand names of one tensor are one tensor; many overlapping ones are not.
+        let wide = |offset: u8| {
+            let mut p = view("FloatStorage", "0", offset, [0, 1], [1, 1]);
+            // The first size, `K 0`, becomes 262 000 = 0x0003ff70.
+            let at = p.windows(3).rposition(|w| w == [b'K', 0, b'K']).unwrap();
+            p.splice(at..at + 2, [b'J', 0x70, 0xff, 3, 0]);
+            p
+        };
+        let named = |offset: fn(usize) -> u8| -> Vec<u8> {
+            let names: Vec<String> = (0..100).map(|i| format!("w{i:02}")).collect();
+            let entries: Vec<(&str, Vec<u8>)> = names
+                .iter()
+                .enumerate()
+                .map(|(i, name)| (name.as_str(), wide(offset(i))))
+                .collect();
+            dict(&entries)
+        };
+        let tied = read(&named(|_| 0)).unwrap();
+        assert_eq!(tied.len(), 100);
+        assert_eq!(tied["w07"].dims(), [262_000, 1]);
+        let error = read(&named(|i| i as u8)).unwrap_err();
+        assert!(matches!(error, Error::Limit(_)), "{error}");
+        let twice = dict(&[("w", wide(0)), ("w", wide(0))]);
+        assert!(read(&twice).unwrap_err().to_string().contains("`w` twice"));
+    }
+
+    #[test]
+    fn a_program_just_below_the_limit_runs_and_one_just_above_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.bin");
+        fs::write(&path, zip(&[("a/data.pkl", b"NN00}.")])).unwrap();
+        let with = |pickle_ops| {
+            let limits = Limits {
+                pickle_ops,
+                ..Limits::default()
+            };
+            read_pickle(&path, &limits)
+        };
+        assert!(with(6).unwrap().is_empty());
+        let error = with(5).unwrap_err();
+        assert!(matches!(error, Error::Limit(_)), "{error}");
+        assert!(error.to_string().contains("pickle_ops"), "{error}");
+        let long = zip(&[("a/data.pkl", &[b'('; 1_000_001])]);
+        let error = read_file(&long).unwrap_err().to_string();
+        assert!(error.contains("more than 1000000 instructions"), "{error}");
+    }
+
+    #[test]
+    fn members_are_named_once_and_do_not_overlap() {
+        let member: (&str, &[u8]) = ("a/data.pkl", b"}.");
+        let message = |bytes: &[u8]| read_file(bytes).unwrap_err().to_string();
+        assert!(message(&zip(&[member, member])).contains("twice"));
+        let mut bytes = zip(&[member, ("a/data/0", &[7; 64])]);
+        let at = bytes.windows(8).rposition(|w| w == b"a/data/0").unwrap();
+        // The sizes of the second entry of the directory: packed and unpacked.
+        let whole = bytes.len() as u32 - 20;
+        for field in [at - 26, at - 22] {
+            bytes[field..field + 4].copy_from_slice(&whole.to_le_bytes());
+        }
+        bytes[at - 4..at].copy_from_slice(&0u32.to_le_bytes());
+        assert!(message(&bytes).contains("overlap"), "{}", message(&bytes));
     }
 }

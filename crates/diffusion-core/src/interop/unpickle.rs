@@ -2,29 +2,54 @@
 
 use std::collections::BTreeMap;
 
+use crate::limits::Limits;
+
 /// The tensors by name that a program builds, or those under its key `state_dict`; the error says
 /// what is there instead.
-pub fn state_dict(program: &[u8]) -> Step<BTreeMap<String, View>> {
-    let mut machine = Machine::default();
+pub fn state_dict(program: &[u8], limits: &Limits) -> Step<BTreeMap<String, View>> {
+    let mut machine = Machine {
+        limits,
+        objects: Vec::new(),
+        stack: Vec::new(),
+        memo: BTreeMap::new(),
+        views: 0,
+    };
     let root = machine.run(program)?;
     machine.state_dict(root)
 }
 
-/// A block of elements in the archive.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Storage {
-    /// The class, which says the element type.
-    pub class: String,
-    /// The member that holds it.
-    pub key: String,
+/// What is wrong with a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// It is malformed: what was found.
+    Wrong(String),
+    /// It does more than it may: what there is too much of, the bound, and its name in [`Limits`].
+    TooMany(&'static str, u64, &'static str),
 }
 
+impl From<String> for Flaw {
+    fn from(what: String) -> Self {
+        Self::Wrong(what)
+    }
+}
+
+impl From<&str> for Flaw {
+    fn from(what: &str) -> Self {
+        Self::Wrong(what.into())
+    }
+}
+
+/// The result of a part of a program.
+pub type Step<T> = std::result::Result<T, Flaw>;
+
 /// A tensor: elements of a storage.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct View {
+    /// The member that holds the elements.
+    pub key: String,
+    /// The class of the storage, which says the element type.
+    pub class: String,
     /// Where the elements are.
-    pub storage: Storage,
-    /// The place of the first.
     pub offset: usize,
     /// Elements along each dimension.
     pub shape: Vec<usize>,
@@ -32,166 +57,209 @@ pub struct View {
     pub stride: Vec<usize>,
 }
 
+/// The longest name of a class or of a member; also where names are cut in messages.
+const NAME: usize = 256;
+/// The most dimensions of a tensor.
+const DIMENSIONS: usize = 16;
+
 /// What stands on the stack. Containers hold places in the machine's memory, so that nothing nests
-/// however deep the pickle does.
+/// however deep the pickle does; texts are parts of the program, so that nothing is copied however
+/// often it is used.
 #[derive(Clone, Debug, PartialEq)]
-enum Object {
+enum Object<'a> {
     None,
     Mark,
     Int(i64),
-    Text(String),
-    Global(String, String),
-    Sequence(Vec<usize>),
-    Dict(Vec<(usize, usize)>),
-    Storage(Storage),
-    View(View),
+    Text(&'a [u8]),
+    /// What may be called.
+    Function(Function),
+    /// A class or function that is only referred to; storages are told apart by its name.
+    Class(&'a [u8]),
+    Sequence(Vec<u32>),
+    Dict(Vec<(u32, u32)>),
+    Storage(Box<(&'a [u8], &'a [u8])>),
+    View(Box<View>),
     Opaque,
 }
 
-#[derive(Default)]
-struct Machine {
-    objects: Vec<Object>,
-    stack: Vec<usize>,
-    memo: BTreeMap<u32, usize>,
+/// The calls that a state dict needs or that are known to belong beside one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Function {
+    Dict,
+    Tensor,
+    Parameter,
+    /// Makes a value that is of no interest here.
+    Plain,
 }
 
-/// What a malformed program is called in messages.
-pub type Step<T> = std::result::Result<T, String>;
+impl Function {
+    /// The allow-list.
+    fn find(module: &[u8], name: &[u8]) -> Option<Self> {
+        Some(match (module, name) {
+            (b"collections", b"OrderedDict" | b"defaultdict" | b"Counter") => Self::Dict,
+            (b"torch._utils", b"_rebuild_tensor_v2") => Self::Tensor,
+            (b"torch._utils", b"_rebuild_parameter") => Self::Parameter,
+            (b"torch", b"Size" | b"device")
+            | (b"argparse", b"Namespace")
+            | (b"_codecs", b"encode")
+            | (b"builtins" | b"__builtin__", b"set" | b"frozenset" | b"bytearray" | b"complex")
+            | (b"numpy", b"dtype" | b"ndarray")
+            | (b"numpy.core.multiarray" | b"numpy._core.multiarray", b"scalar" | b"_reconstruct") => {
+                Self::Plain
+            }
+            _ => return None,
+        })
+    }
+}
 
-impl Machine {
+struct Machine<'a> {
+    limits: &'a Limits,
+    objects: Vec<Object<'a>>,
+    stack: Vec<u32>,
+    memo: BTreeMap<u32, u32>,
+    views: usize,
+}
+
+impl<'a> Machine<'a> {
     /// Runs a program and gives the place of its result.
-    fn run(&mut self, program: &[u8]) -> Step<usize> {
+    fn run(&mut self, program: &'a [u8]) -> Step<u32> {
         let mut code = Code {
             bytes: program,
             at: 0,
         };
-        loop {
+        for _ in 0..self.limits.pickle_ops {
             let op = code.byte()?;
-            match op {
-                b'.' => return self.pop(),
-                0x80 => drop(code.byte()?),
-                0x95 => drop(code.take(8)?),
-                b'(' => self.push(Object::Mark),
-                b'N' => self.push(Object::None),
-                b'}' => self.push(Object::Dict(Vec::new())),
-                b']' | b')' | 0x8f => self.push(Object::Sequence(Vec::new())),
-                0x88 => self.push(Object::Int(1)),
-                0x89 => self.push(Object::Int(0)),
-                b'K' => self.push(Object::Int(code.number(1)?)),
-                b'M' => self.push(Object::Int(code.number(2)?)),
-                b'J' => self.push(Object::Int(i64::from(code.number(4)? as i32))),
-                0x8a => {
-                    let n = usize::from(code.byte()?);
-                    self.push(Object::Int(code.long(n)?));
-                }
-                b'G' => {
-                    code.take(8)?;
-                    self.push(Object::Opaque);
-                }
-                b'X' | b'T' => self.text(&mut code, 4)?,
-                0x8c | b'U' => self.text(&mut code, 1)?,
-                b'B' | b'C' => {
-                    let n = code.number(if op == b'B' { 4 } else { 1 })?;
-                    code.take(n as usize)?;
-                    self.push(Object::Opaque);
-                }
-                b'c' => {
-                    let (module, name) = (code.line()?, code.line()?);
-                    self.push(Object::Global(module, name));
-                }
-                0x93 => {
-                    let (name, module) = (self.pop()?, self.pop()?);
-                    let global = match (&self.objects[module], &self.objects[name]) {
-                        (Object::Text(m), Object::Text(n)) => Object::Global(m.clone(), n.clone()),
-                        _ => Object::Opaque,
-                    };
-                    self.push(global);
-                }
-                b'q' => self.remember(code.number(1)? as u32)?,
-                b'r' => self.remember(code.number(4)? as u32)?,
-                0x94 => self.remember(self.memo.len() as u32)?,
-                b'h' => self.recall(code.number(1)? as u32)?,
-                b'j' => self.recall(code.number(4)? as u32)?,
-                0x85..=0x87 => {
-                    let n = usize::from(op - 0x84);
-                    let first = self.stack.len().checked_sub(n).ok_or("an empty stack")?;
-                    let items = self.stack.split_off(first);
-                    self.push(Object::Sequence(items));
-                }
-                b't' => {
-                    let items = self.since_mark()?;
-                    self.push(Object::Sequence(items));
-                }
-                b'0' => drop(self.pop()?),
-                b'1' => drop(self.since_mark()?),
-                b'a' => {
-                    let item = self.pop()?;
-                    self.extend(&[item])?;
-                }
-                b'e' => {
-                    let items = self.since_mark()?;
-                    self.extend(&items)?;
-                }
-                b's' => {
-                    let (value, key) = (self.pop()?, self.pop()?);
-                    self.extend(&[key, value])?;
-                }
-                b'u' => {
-                    let items = self.since_mark()?;
-                    self.extend(&items)?;
-                }
-                b'Q' => {
-                    let id = self.pop()?;
-                    let storage = self.storage(id)?;
-                    self.push(Object::Storage(storage));
-                }
-                b'R' => {
-                    let (args, callable) = (self.pop()?, self.pop()?);
-                    let result = self.call(callable, args)?;
-                    self.stack.push(result);
-                }
-                0x81 => {
-                    self.pop()?;
-                    self.pop()?;
-                    self.push(Object::Opaque);
-                }
-                // Attributes of the object below, such as the metadata of a state dict.
-                b'b' => drop(self.pop()?),
-                other => return Err(format!("the instruction {other:#04x} at {}", code.at - 1)),
+            if op == b'.' {
+                return self.pop();
             }
+            self.step(op, &mut code)?;
         }
+        Err(Flaw::TooMany(
+            "instructions of its pickle",
+            self.limits.pickle_ops,
+            "pickle_ops",
+        ))
     }
 
-    fn push(&mut self, object: Object) {
-        self.stack.push(self.objects.len());
-        self.objects.push(object);
-    }
-
-    fn pop(&mut self) -> Step<usize> {
-        Ok(self.stack.pop().ok_or("an empty stack")?)
-    }
-
-    fn text(&mut self, code: &mut Code<'_>, width: usize) -> Step<()> {
-        let n = code.number(width)?;
-        let bytes = code.take(n as usize)?;
-        self.push(Object::Text(String::from_utf8_lossy(bytes).into_owned()));
+    fn step(&mut self, op: u8, code: &mut Code<'a>) -> Step<()> {
+        match op {
+            0x80 => drop(code.byte()?),
+            0x95 => drop(code.take(8)?),
+            b'(' => self.push(Object::Mark),
+            b'N' => self.push(Object::None),
+            b'}' => self.push(Object::Dict(Vec::new())),
+            b']' | b')' | 0x8f => self.push(Object::Sequence(Vec::new())),
+            0x88 => self.push(Object::Int(1)),
+            0x89 => self.push(Object::Int(0)),
+            b'K' => self.push(Object::Int(code.number(1)?)),
+            b'M' => self.push(Object::Int(code.number(2)?)),
+            b'J' => self.push(Object::Int(i64::from(code.number(4)? as i32))),
+            0x8a => {
+                let n = usize::from(code.byte()?);
+                self.push(Object::Int(code.long(n)?));
+            }
+            b'G' => {
+                code.take(8)?;
+                self.push(Object::Opaque);
+            }
+            b'X' | b'T' => self.text(code, 4)?,
+            0x8c | b'U' => self.text(code, 1)?,
+            b'B' | b'C' => {
+                let n = code.number(if op == b'B' { 4 } else { 1 })?;
+                code.take(n as usize)?;
+                self.push(Object::Opaque);
+            }
+            b'c' => {
+                let (module, name) = (code.line()?, code.line()?);
+                self.push(global(module, name));
+            }
+            0x93 => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                let object = match (self.at(module), self.at(name)) {
+                    (Object::Text(module), Object::Text(name)) => global(module, name),
+                    _ => return Err("a class whose name is no text".into()),
+                };
+                self.push(object);
+            }
+            b'q' => self.remember(code.number(1)? as u32)?,
+            b'r' => self.remember(code.number(4)? as u32)?,
+            0x94 => self.remember(self.memo.len() as u32)?,
+            b'h' => self.recall(code.number(1)? as u32)?,
+            b'j' => self.recall(code.number(4)? as u32)?,
+            0x85..=0x87 => {
+                let n = usize::from(op - 0x84);
+                let first = self.stack.len().checked_sub(n).ok_or("an empty stack")?;
+                let items = self.stack.split_off(first);
+                self.push(Object::Sequence(items));
+            }
+            b't' => {
+                let items = self.since_mark()?;
+                self.push(Object::Sequence(items));
+            }
+            b'0' => drop(self.pop()?),
+            b'1' => drop(self.since_mark()?),
+            b'a' => {
+                let item = self.pop()?;
+                self.extend(&[item])?;
+            }
+            b'e' | b'u' => {
+                let items = self.since_mark()?;
+                self.extend(&items)?;
+            }
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.extend(&[key, value])?;
+            }
+            b'Q' => {
+                let id = self.pop()?;
+                let storage = self.storage(id)?;
+                self.push(storage);
+            }
+            b'R' | 0x81 => {
+                let (args, callable) = (self.pop()?, self.pop()?);
+                self.call(callable, args)?;
+            }
+            // Attributes of the object below, such as the metadata of a state dict.
+            b'b' => drop(self.pop()?),
+            other => return Err(format!("the instruction {other:#04x} at {}", code.at - 1).into()),
+        }
         Ok(())
     }
 
-    fn since_mark(&mut self) -> Step<Vec<usize>> {
+    fn at(&self, place: u32) -> &Object<'a> {
+        &self.objects[place as usize]
+    }
+
+    fn push(&mut self, object: Object<'a>) {
+        self.stack.push(self.objects.len() as u32);
+        self.objects.push(object);
+    }
+
+    fn pop(&mut self) -> Step<u32> {
+        Ok(self.stack.pop().ok_or("an empty stack")?)
+    }
+
+    fn text(&mut self, code: &mut Code<'a>, width: usize) -> Step<()> {
+        let n = code.number(width)?;
+        let bytes = code.take(n as usize)?;
+        self.push(Object::Text(bytes));
+        Ok(())
+    }
+
+    fn since_mark(&mut self) -> Step<Vec<u32>> {
         let mark = self
             .stack
             .iter()
-            .rposition(|i| self.objects[*i] == Object::Mark);
+            .rposition(|place| *self.at(*place) == Object::Mark);
         let mark = mark.ok_or("no mark on the stack")?;
         let items = self.stack.split_off(mark + 1);
         self.stack.pop();
         Ok(items)
     }
 
-    fn extend(&mut self, items: &[usize]) -> Step<()> {
+    fn extend(&mut self, items: &[u32]) -> Step<()> {
         let target = *self.stack.last().ok_or("an empty stack")?;
-        match &mut self.objects[target] {
+        match &mut self.objects[target as usize] {
             Object::Sequence(list) => list.extend_from_slice(items),
             Object::Dict(entries) => {
                 entries.extend(items.as_chunks::<2>().0.iter().map(|[k, v]| (*k, *v)))
@@ -217,104 +285,126 @@ impl Machine {
         Ok(())
     }
 
-    fn items(&self, place: usize) -> Step<&[usize]> {
-        match &self.objects[place] {
+    fn items(&self, place: u32) -> Step<&[u32]> {
+        match self.at(place) {
             Object::Sequence(items) => Ok(items),
             _ => Err("no tuple where one is expected".into()),
         }
     }
 
     /// `("storage", class, key, device, length)`.
-    fn storage(&self, id: usize) -> Step<Storage> {
+    fn storage(&self, id: u32) -> Step<Object<'a>> {
         if let [_, class, key, ..] = self.items(id)?
-            && let Object::Global(_, class) = &self.objects[*class]
-            && let Object::Text(key) = &self.objects[*key]
+            && let Object::Class(class) = self.at(*class)
+            && let Object::Text(key) = self.at(*key)
+            && class.len().max(key.len()) <= NAME
         {
-            return Ok(Storage {
-                class: class.clone(),
-                key: key.clone(),
-            });
+            return Ok(Object::Storage(Box::new((class, key))));
         }
         Err("a reference to something else than a storage".into())
     }
 
-    fn call(&mut self, callable: usize, args: usize) -> Step<usize> {
-        let Object::Global(module, name) = &self.objects[callable] else {
-            return Ok(self.place(Object::Opaque));
+    fn call(&mut self, callable: u32, args: u32) -> Step<()> {
+        let function = match self.at(callable) {
+            Object::Function(function) => *function,
+            Object::Class(name) => return Err(format!("a call of `{}`", shown(name)).into()),
+            _ => return Err("a call of something that is no function".into()),
         };
-        let object = match (module.as_str(), name.as_str()) {
-            ("collections", "OrderedDict") => Object::Dict(Vec::new()),
-            ("torch._utils", "_rebuild_tensor_v2") => Object::View(self.view(args)?),
-            ("torch._utils", "_rebuild_parameter") => {
-                return Ok(*self
+        let object = match function {
+            Function::Dict => Object::Dict(Vec::new()),
+            Function::Tensor => Object::View(Box::new(self.view(args)?)),
+            Function::Parameter => {
+                let tensor = *self
                     .items(args)?
                     .first()
-                    .ok_or("a parameter without a tensor")?);
+                    .ok_or("a parameter without a tensor")?;
+                self.stack.push(tensor);
+                return Ok(());
             }
-            _ => Object::Opaque,
+            Function::Plain => Object::Opaque,
         };
-        Ok(self.place(object))
-    }
-
-    fn place(&mut self, object: Object) -> usize {
-        self.objects.push(object);
-        self.objects.len() - 1
+        self.push(object);
+        Ok(())
     }
 
     /// `(storage, offset, shape, stride, …)`.
-    fn view(&self, args: usize) -> Step<View> {
+    fn view(&mut self, args: u32) -> Step<View> {
+        self.views += 1;
+        if self.views > self.limits.tensors {
+            let limit = self.limits.tensors as u64;
+            return Err(Flaw::TooMany("tensors", limit, "tensors"));
+        }
         let [storage, offset, shape, stride, ..] = self.items(args)? else {
             return Err("a tensor without its four parts".into());
         };
-        let Object::Storage(storage) = &self.objects[*storage] else {
+        let Object::Storage(storage) = self.at(*storage) else {
             return Err("a tensor without a storage".into());
         };
-        let size = |place: &usize| match self.objects[*place] {
-            Object::Int(value) => usize::try_from(value).map_err(|_| "a negative size".to_string()),
-            _ => Err("a size that is no number".to_string()),
+        let size = |place: &u32| match self.at(*place) {
+            Object::Int(value) => usize::try_from(*value).map_err(|_| "a negative size".into()),
+            _ => Err(Flaw::from("a size that is no number")),
+        };
+        let sizes = |place: u32| {
+            let items = self.items(place)?;
+            if items.len() > DIMENSIONS {
+                return Err(format!("a tensor of {} dimensions", items.len()).into());
+            }
+            items.iter().map(size).collect::<Step<Vec<usize>>>()
         };
         Ok(View {
-            storage: storage.clone(),
+            key: String::from_utf8_lossy(storage.1).into_owned(),
+            class: String::from_utf8_lossy(storage.0).into_owned(),
             offset: size(offset)?,
-            shape: self.items(*shape)?.iter().map(size).collect::<Step<_>>()?,
-            stride: self.items(*stride)?.iter().map(size).collect::<Step<_>>()?,
+            shape: sizes(*shape)?,
+            stride: sizes(*stride)?,
         })
     }
 
     /// The named tensors of a dictionary, or of the one under its key `state_dict`.
-    fn state_dict(&self, root: usize) -> Step<BTreeMap<String, View>> {
-        let Object::Dict(entries) = &self.objects[root] else {
+    fn state_dict(&self, root: u32) -> Step<BTreeMap<String, View>> {
+        let Object::Dict(entries) = self.at(root) else {
             return Err("no dictionary".into());
         };
-        let named = |(key, value): &(usize, usize)| match &self.objects[*key] {
-            Object::Text(name) => Some((name.clone(), *value)),
-            _ => None,
-        };
-        let entries: Vec<(String, usize)> = entries.iter().filter_map(named).collect();
-        if let Some((_, inner)) = entries.iter().find(|(name, value)| {
-            name == "state_dict"
-                && *value != root
-                && matches!(self.objects[*value], Object::Dict(_))
-        }) {
-            let Object::Dict(inner) = &self.objects[*inner] else {
-                return Err("no dictionary".into());
+        let inner =
+            entries
+                .iter()
+                .find_map(|(key, value)| match (self.at(*key), self.at(*value)) {
+                    (Object::Text(b"state_dict"), Object::Dict(inner)) if *value != root => {
+                        Some(inner)
+                    }
+                    _ => None,
+                });
+        let mut views = BTreeMap::new();
+        for (key, value) in inner.unwrap_or(entries) {
+            let Object::Text(name) = self.at(*key) else {
+                continue;
             };
-            return self.views(inner.iter().filter_map(named));
+            let Object::View(view) = self.at(*value) else {
+                return Err(format!("the entry `{}`, which is no tensor", shown(name)).into());
+            };
+            let name = String::from_utf8_lossy(name).into_owned();
+            if views.contains_key(&name) {
+                return Err(format!("the name `{}` twice", shown(name.as_bytes())).into());
+            }
+            views.insert(name, View::clone(view));
         }
-        self.views(entries.into_iter())
+        Ok(views)
     }
+}
 
-    fn views(
-        &self,
-        entries: impl Iterator<Item = (String, usize)>,
-    ) -> Step<BTreeMap<String, View>> {
-        entries
-            .map(|(name, value)| match &self.objects[value] {
-                Object::View(view) => Ok((name, view.clone())),
-                _ => Err(format!("the entry `{name}`, which is no tensor")),
-            })
-            .collect()
+/// A class or function by name.
+fn global<'a>(module: &'a [u8], name: &'a [u8]) -> Object<'a> {
+    match Function::find(module, name) {
+        Some(function) => Object::Function(function),
+        None => Object::Class(name),
     }
+}
+
+/// A name in a message, cut where it is absurdly long.
+fn shown(name: &[u8]) -> String {
+    let cut = &name[..name.len().min(NAME)];
+    let dots = if cut.len() < name.len() { "…" } else { "" };
+    format!("{}{dots}", String::from_utf8_lossy(cut))
 }
 
 /// The bytes of a program, and where it stands.
@@ -362,13 +452,13 @@ impl<'a> Code<'a> {
             .fold(start, |n, b| n << 8 | i64::from(*b)))
     }
 
-    fn line(&mut self) -> Step<String> {
+    fn line(&mut self) -> Step<&'a [u8]> {
         let rest = &self.bytes[self.at..];
         let end = rest
             .iter()
             .position(|b| *b == b'\n')
             .ok_or("a program that breaks off")?;
         let line = self.take(end + 1)?;
-        Ok(String::from_utf8_lossy(&line[..end]).into_owned())
+        Ok(&line[..end])
     }
 }

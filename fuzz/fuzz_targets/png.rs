@@ -1,0 +1,6 @@
+//! Bytes as a `png` file.
+#![no_main]
+
+use diffusion_tests::targets::{Format, fuzz};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz(Format::Png, bytes));

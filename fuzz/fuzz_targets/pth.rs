@@ -1,0 +1,6 @@
+//! Bytes as a `pth` file.
+#![no_main]
+
+use diffusion_tests::targets::{Format, fuzz};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz(Format::Pth, bytes));
