@@ -1,18 +1,24 @@
 //! Configurations that fit a data set, by name.
 
-use crate::config::ImageConfig;
+use crate::config::{ImageConfig, Predicts};
 use crate::data::Dataset;
+use diffusion_core::loss::Weight;
+use diffusion_core::schedule::BetaSchedule;
 use diffusion_core::train::{AdamWConfig, EmaRule, LrSchedule, TrainConfig};
 use diffusion_core::{Report, Result};
 use diffusion_nn::net::unet2d::{DownBlockType, SampleSize, UpBlockType};
 
 /// Every preset, with what it is for.
-pub const PRESETS: [(&str, &str); 4] = [
+pub const PRESETS: [(&str, &str); 5] = [
     (
         "auto",
         "the largest of the others that suits the size of the images",
     ),
     ("tiny", "a few thousand parameters, for trying things out"),
+    (
+        "quick",
+        "recognisable images in a minute or two on two cores: 0.2 M parameters up to 16x16, 0.5 M above",
+    ),
     (
         "small",
         "about 0.7 M parameters, for images up to 16x16 and a few minutes on two cores",
@@ -31,6 +37,9 @@ struct Shape {
     batch: usize,
     steps: u64,
     lr: f64,
+    /// Velocity on the cosine table: less grey noise left in flat areas than with the noise on the linear
+    /// one, which short trainings show most.
+    velocity: bool,
 }
 
 const TINY: Shape = Shape {
@@ -40,6 +49,25 @@ const TINY: Shape = Shape {
     batch: 16,
     steps: 200,
     lr: 2e-3,
+    velocity: false,
+};
+const QUICK_SMALL: Shape = Shape {
+    channels: &[24, 48],
+    groups: 8,
+    attention_below: 4,
+    batch: 64,
+    steps: 1000,
+    lr: 3e-3,
+    velocity: true,
+};
+const QUICK: Shape = Shape {
+    channels: &[16, 32, 64],
+    groups: 8,
+    attention_below: 0,
+    batch: 64,
+    steps: 1000,
+    lr: 3e-3,
+    velocity: true,
 };
 const SMALL: Shape = Shape {
     channels: &[32, 64],
@@ -48,6 +76,7 @@ const SMALL: Shape = Shape {
     batch: 64,
     steps: 3000,
     lr: 2e-3,
+    velocity: false,
 };
 const MEDIUM: Shape = Shape {
     channels: &[32, 64, 64],
@@ -56,6 +85,7 @@ const MEDIUM: Shape = Shape {
     batch: 64,
     steps: 4000,
     lr: 1e-3,
+    velocity: true,
 };
 
 /// The configuration of a preset, fitted to a data set.
@@ -66,6 +96,8 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
     let side = data.height().max(data.width());
     let shape = match name {
         "tiny" => TINY,
+        "quick" if side <= 16 => QUICK_SMALL,
+        "quick" => QUICK,
         "small" => SMALL,
         "medium" => MEDIUM,
         "auto" if side <= 16 => SMALL,
@@ -101,6 +133,11 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
         },
         ..ImageConfig::default()
     };
+    if shape.velocity {
+        config.predicts = Predicts::VPrediction;
+        config.process.betas = BetaSchedule::Cosine;
+        config.weight = Weight::Velocity;
+    }
     let levels = shape.channels.len();
     let attention: Vec<bool> = (0..levels)
         .map(|level| side >> level <= shape.attention_below)

@@ -7,7 +7,7 @@ use crate::model;
 use crate::train::{Images, Task};
 use candle_core::Device;
 use diffusion_core::checkpoint::write_atomic;
-use diffusion_core::train::{Cancel, Observer, Outcome, Trainer};
+use diffusion_core::train::{Both, Cancel, JsonLines, Observer, Outcome, Trainer};
 use diffusion_core::{Error, Report, Result};
 use std::path::{Path, PathBuf};
 
@@ -55,6 +55,53 @@ fn identity(config: &ImageConfig, data: &Dataset) -> Result<String> {
         "{}\ndata {name}: {n} images of {shape:?}",
         model.to_toml()?
     ))
+}
+
+/// A model that was trained in an earlier run with the same configuration and data, or is now.
+#[derive(Debug)]
+pub struct Trained {
+    /// The model folder.
+    pub folder: PathBuf,
+    /// Seconds of training, of the run that did it.
+    pub seconds: f64,
+}
+
+/// The model of this configuration from the folder `cache`, or trained now.
+///
+/// The model's folder is named after everything that decides its weights, so that sections and runs
+/// share it; a training that was interrupted goes on. `metrics.jsonl` lies in its run folder.
+///
+/// # Errors
+/// Those of [`train`].
+pub fn trained(
+    cache: &Path,
+    config: &ImageConfig,
+    data: &Dataset,
+    device: &Device,
+    observer: impl Observer,
+    cancel: &Cancel,
+) -> Result<Trained> {
+    let text = format!("{}\n{}", config.to_toml()?, identity(config, data)?);
+    let key = diffusion_ops::init::fnv1a(&text);
+    let folder = cache.join(format!("images-{key:016x}"));
+    let done = folder.join("seconds");
+    if let Some(seconds) = read_seconds(&done) {
+        return Ok(Trained { folder, seconds });
+    }
+    let start = std::time::Instant::now();
+    let resume = config_file(&folder).exists();
+    let lines = JsonLines::new(run_folder(&folder).join("metrics.jsonl"));
+    let mut observer = Both(lines, observer);
+    let outcome = train(config, data, &folder, resume, device, &mut observer, cancel)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if matches!(outcome, Outcome::Finished { .. }) {
+        write_atomic(&done, seconds.to_string().as_bytes())?;
+    }
+    Ok(Trained { folder, seconds })
+}
+
+fn read_seconds(file: &Path) -> Option<f64> {
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 /// Trains in the folder `out` until the end, or until `cancel` is set, and writes the model.

@@ -98,7 +98,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     };
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
-    let classifier = Classifier::train(train, &ClassifierConfig::default())?;
+    let classifier = Classifier::train(train, &ClassifierConfig::fitted(train))?;
     let batches = count.div_ceil(args.batch.max(1));
     let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
     let images = model.sample(&request, &mut progress)?;

@@ -60,7 +60,7 @@ pub fn run(options: &Options, results: &mut Results) -> Result<()> {
     if model.classes().is_empty() {
         return pictures(options, results, &model, &splits.test);
     }
-    let classifier = Classifier::train(&splits.train, &ClassifierConfig::default())?;
+    let classifier = Classifier::train(&splits.train, &ClassifierConfig::fitted(&splits.train))?;
     samplers(
         options,
         results,
@@ -72,43 +72,24 @@ pub fn run(options: &Options, results: &mut Results) -> Result<()> {
     pictures(options, results, &model, &splits.test)
 }
 
-/// The model of this configuration from the cache, or trained now; the folder is keyed by
-/// everything that decides the weights, and an interrupted training goes on.
+/// The model of this configuration from the cache, or trained now.
 fn trained(
     options: &Options,
     config: &ImageConfig,
     data: &Dataset,
 ) -> Result<(ImageModel, f64, PathBuf)> {
-    let text = format!("{}{}{}", config.to_toml()?, data.name(), data.len());
-    let key = diffusion_ops::init::fnv1a(&text);
-    let folder = options.cache.join(format!("images-{key:016x}"));
-    let done = folder.join("seconds");
-    if !done.exists() {
-        let start = Instant::now();
-        let log = Log {
-            start,
-            steps: config.train.steps,
-        };
-        let resume = run::config_file(&folder).exists();
-        let mut metrics = diffusion_core::train::Both(
-            log,
-            diffusion_core::train::JsonLines::new(run::run_folder(&folder).join("metrics.jsonl")),
-        );
-        run::train(
-            config,
-            data,
-            &folder,
-            resume,
-            &Device::Cpu,
-            &mut metrics,
-            &Cancel::new(),
-        )?;
-        std::fs::write(&done, start.elapsed().as_secs_f64().to_string())?;
-    }
-    let seconds = std::fs::read_to_string(&done)?
-        .trim()
-        .parse()
-        .context("the time in the cache")?;
+    let log = Log {
+        start: Instant::now(),
+        steps: config.train.steps,
+    };
+    let run::Trained { folder, seconds } = run::trained(
+        &options.cache,
+        config,
+        data,
+        &Device::Cpu,
+        log,
+        &Cancel::new(),
+    )?;
     Ok((ImageModel::open(&folder, &Device::Cpu)?, seconds, folder))
 }
 

@@ -141,6 +141,12 @@ impl Dataset {
         self.labels.as_ref().map_or(&[], |labels| &labels.classes)
     }
 
+    /// The same images without their classes.
+    pub fn without_labels(mut self) -> Self {
+        self.labels = None;
+        self
+    }
+
     /// Some of the images as a tensor.
     ///
     /// ```text

@@ -6,7 +6,7 @@ use super::frechet::{Moments, frechet};
 use super::interval::{Figure, bootstrap, share};
 use super::kernel::{KernelDistance, kernel_distance};
 use super::manifold::{Manifold, manifold};
-use super::memorise::{Memorisation, memorisation};
+use super::memorise::{Known, Memorisation};
 use crate::data::Dataset;
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::Result;
@@ -45,8 +45,7 @@ pub struct Judge<'a> {
     scale: f64,
     held_out: Features,
     moments: Moments,
-    held_out_pixels: Features,
-    train_pixels: Features,
+    known: Known<'a>,
 }
 
 impl<'a> Judge<'a> {
@@ -54,13 +53,8 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     /// Images of another shape than the classifier's; fewer than two held-out images.
-    pub fn new(classifier: &'a Classifier, train: &Dataset, held_out: &Dataset) -> Result<Self> {
-        let pixels = |data: &Dataset| -> Result<(Tensor, Features)> {
-            let (images, _) = data.all(&Device::Cpu)?;
-            let rows = Features::from_tensor(&images)?;
-            Ok((images, rows))
-        };
-        let (images, held_out_pixels) = pixels(held_out)?;
+    pub fn new(classifier: &'a Classifier, train: &'a Dataset, held_out: &Dataset) -> Result<Self> {
+        let (images, _) = held_out.all(&Device::Cpu)?;
         let features = classifier.features(&images)?;
         let square = features.sqr()?.mean_all()?.to_dtype(DType::F64)?;
         let scale = square.to_scalar::<f64>()?.sqrt().max(f64::MIN_POSITIVE);
@@ -70,8 +64,7 @@ impl<'a> Judge<'a> {
             scale,
             moments: Moments::of(&held_out)?,
             held_out,
-            held_out_pixels,
-            train_pixels: pixels(train)?.1,
+            known: Known::new(train, &Features::from_tensor(&images)?)?,
         })
     }
 
@@ -100,12 +93,12 @@ impl<'a> Judge<'a> {
             |items: &[usize]| frechet(&Moments::of(&features.select(items)?)?, &self.moments);
         let (subsets, size) = SUBSETS;
         let accuracy = match labels {
-            Some(labels) => {
+            Some(labels) if !self.classifier.classes().is_empty() => {
                 let n = labels.len();
                 let right = self.classifier.accuracy(samples, labels)? * n as f64;
                 Some(share(right.round() as usize, n)?)
             }
-            None => None,
+            _ => None,
         };
         let pixels = Features::from_tensor(samples)?;
         Ok(Evaluation {
@@ -115,7 +108,7 @@ impl<'a> Judge<'a> {
             kernel: kernel_distance(&self.held_out, &features, subsets, size, seed)?,
             manifold,
             accuracy,
-            memorisation: memorisation(&self.train_pixels, &self.held_out_pixels, &pixels)?,
+            memorisation: self.known.memorisation(&pixels)?,
         })
     }
 }

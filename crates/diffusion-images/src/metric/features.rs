@@ -4,6 +4,9 @@ use candle_core::{DType, Device, Tensor};
 use diffusion_core::{Report, Result};
 use rayon::prelude::*;
 
+/// Vectors whose distances to all others are taken at a time.
+const CHUNK: usize = 256;
+
 /// `n` vectors of `d` numbers, in f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
@@ -106,6 +109,57 @@ impl Features {
         )
     }
 
+    /// For each vector the distance to the nearest of `others`, and its index.
+    ///
+    /// All distances are first taken in f32 by a matrix product; those that rounding cannot tell from
+    /// the smallest are then taken again in f64, so that the answer is exact.
+    ///
+    /// # Errors
+    /// `Config` when the vectors differ in length.
+    pub fn nearest_one(&self, others: &Features) -> Result<Vec<(f64, usize)>> {
+        self.must_match(others)?;
+        let b = others.in_f32()?;
+        let squares = others.squares();
+        let longest = squares.iter().fold(0.0f64, |a, b| a.max(*b));
+        let mut found = Vec::with_capacity(self.count);
+        for start in (0..self.count).step_by(CHUNK) {
+            let items: Vec<usize> = (start..self.count.min(start + CHUNK)).collect();
+            let rows = self.select(&items)?;
+            let products = rows.in_f32()?.matmul(&b.t()?)?.to_vec2::<f32>()?;
+            let own = rows.squares();
+            let nearest = (0..rows.count).into_par_iter().map(|i| {
+                let rough = |j: usize| squares[j] - 2.0 * f64::from(products[i][j]);
+                let least = (0..others.count).map(rough).fold(f64::INFINITY, f64::min);
+                // Far above the rounding of a product of two such vectors.
+                let limit = least + 1e-4 * (own[i] + longest);
+                let near = (0..others.count).filter(|j| rough(*j) <= limit);
+                let exact = near.map(|j| (squared_distance(rows.row(i), others.row(j)), j));
+                let none = (f64::INFINITY, 0);
+                let best = exact.fold(none, |a, b| if b.0 < a.0 { b } else { a });
+                (best.0.sqrt(), best.1)
+            });
+            found.extend(nearest.collect::<Vec<_>>());
+        }
+        Ok(found)
+    }
+
+    /// `[n, d]` in f32.
+    fn in_f32(&self) -> Result<Tensor> {
+        let values: Vec<f32> = self.values.iter().map(|v| *v as f32).collect();
+        Ok(Tensor::from_vec(
+            values,
+            (self.count, self.size),
+            &Device::Cpu,
+        )?)
+    }
+
+    /// `‖x‖²` of each vector.
+    fn squares(&self) -> Vec<f64> {
+        self.rows()
+            .map(|row| row.iter().map(|v| v * v).sum())
+            .collect()
+    }
+
     /// For each vector the squared distances to the `k` nearest of `others`, ascending, with their
     /// indices; `skip_own` leaves out the vector of the same index (a set against itself).
     pub(crate) fn nearest(
@@ -164,6 +218,27 @@ mod tests {
         assert_eq!(found[3], [(16.0, 2), (36.0, 1)]);
         assert_eq!(line.nearest(&line, 1, false)[2], [(0.0, 2)]);
         assert_eq!(line.select(&[2, 2]).unwrap().row(1), [3.0]);
+    }
+
+    #[test]
+    fn the_nearest_one_is_exact_though_found_by_rounded_products() {
+        use diffusion_ops::rng::Key;
+        let normal = |seed, n: usize, d: usize| {
+            let values = Key::new(seed, 0).normal(n * d);
+            // Far from the origin, where products round most.
+            Features::new(values.into_iter().map(|v| 5.0 + v).collect(), d).unwrap()
+        };
+        let (a, b) = (normal(1, 300, 40), normal(2, 700, 40));
+        for (found, exact) in a
+            .nearest_one(&b)
+            .unwrap()
+            .iter()
+            .zip(a.nearest(&b, 1, false))
+        {
+            assert_eq!(*found, (exact[0].0.sqrt(), exact[0].1));
+        }
+        let itself = b.nearest_one(&b).unwrap();
+        assert!(itself.iter().enumerate().all(|(i, f)| *f == (0.0, i)));
     }
 
     #[test]

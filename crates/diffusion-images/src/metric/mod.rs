@@ -11,5 +11,5 @@ pub mod manifold;
 pub mod memorise;
 mod symmetric;
 
-pub use classifier::{Classifier, ClassifierConfig};
+pub use classifier::{Architecture, Classifier, ClassifierConfig};
 pub use evaluate::{Evaluation, Judge};
