@@ -133,9 +133,7 @@ fn floor(
     test: &Dataset,
     seed: u64,
 ) -> Result<Evaluation> {
-    // Every other image, since a set may be sorted by class.
-    let half = |odd: usize| test.select(&(odd..test.len()).step_by(2).collect::<Vec<_>>());
-    let (even, odd) = (half(0)?, half(1)?);
+    let (even, odd) = test.halves()?;
     let (images, _) = odd.all(&candle_core::Device::Cpu)?;
     Ok(Judge::new(classifier, train, &even)?.evaluate(&images, odd.labels(), seed)?)
 }

@@ -41,11 +41,7 @@ pub fn run(options: &Options, plan: &Plan, results: &mut Results) -> Result<()> 
     let start = Instant::now();
     let splits = data::splits(&plan.data, &data::Options::default())?;
     // One half of the held-out images is the reference; the other says what real images score.
-    let half = |odd: usize| -> Result<Dataset> {
-        let items: Vec<usize> = (odd..splits.test.len()).step_by(2).collect();
-        Ok(splits.test.select(&items)?)
-    };
-    let (reference, real) = (half(0)?, half(1)?);
+    let (reference, real) = splits.test.halves()?;
     let classifier = Classifier::train(&splits.train, &ClassifierConfig::fitted(&splits.train))?;
     let judge = Judge::new(&classifier, &splits.train, &reference)?;
     let study = Study {

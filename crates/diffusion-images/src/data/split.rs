@@ -41,6 +41,22 @@ impl Dataset {
         }))
     }
 
+    /// Two halves with the same share of each class: the images of a class go to one and the other in
+    /// turn, the first of an even class to the first half.
+    ///
+    /// # Errors
+    /// Fewer than two images.
+    pub fn halves(&self) -> Result<(Dataset, Dataset)> {
+        let mut seen = vec![0usize; self.classes().len().max(1)];
+        let side = |i: usize| {
+            let label = self.labels().map_or(0, |labels| labels[i] as usize);
+            let place = &mut seen[label];
+            *place += 1;
+            (*place + label).is_multiple_of(2)
+        };
+        self.divide((0..self.len()).map(side))
+    }
+
     /// A split that depends on nothing but the pixels of each image.
     ///
     /// ```text
@@ -139,6 +155,27 @@ mod tests {
             Pixels::Levels { values, .. } => values.clone(),
             Pixels::Real(_) => Vec::new(),
         }
+    }
+
+    #[test]
+    fn halves_have_the_same_classes_even_where_classes_alternate() {
+        let labels = Labels {
+            values: (0..22).map(|i| i % 2).collect(),
+            classes: vec!["a".into(), "b".into()],
+        };
+        let pixels = Pixels::Levels {
+            values: (0..22).collect(),
+            max: 255,
+        };
+        let data = Dataset::new("toy", (1, 1, 1), pixels, Some(labels)).unwrap();
+        let (a, b) = data.halves().unwrap();
+        let count =
+            |d: &Dataset, class| d.labels().unwrap().iter().filter(|l| **l == class).count();
+        assert_eq!((count(&a, 0), count(&a, 1)), (6, 5));
+        assert_eq!((count(&b, 0), count(&b, 1)), (5, 6));
+        let (a, b) = toy(vec![1, 2, 3]).halves().unwrap();
+        assert_eq!((a.len(), b.len()), (2, 1));
+        assert!(toy(vec![1]).halves().is_err());
     }
 
     #[test]
