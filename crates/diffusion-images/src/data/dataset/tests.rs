@@ -99,12 +99,8 @@ fn split_select_and_concat_keep_every_image_once() {
     let data = bytes(11);
     let (train, test) = data.split().unwrap();
     assert_eq!((train.len(), test.len()), (9, 2));
-    assert_eq!(test, data.select(&[4, 9]).unwrap());
-    let both = train.concat(test).unwrap();
-    assert_eq!(
-        both,
-        data.select(&[0, 1, 2, 3, 5, 6, 7, 8, 10, 4, 9]).unwrap()
-    );
+    assert_eq!(test.digest(), data.select(&[4, 9]).unwrap().digest());
+    assert_ne!(test.digest(), data.select(&[9, 4]).unwrap().digest());
     assert!(
         bytes(4)
             .split()
