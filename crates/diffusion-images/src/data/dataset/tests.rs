@@ -95,7 +95,7 @@ fn wrong_counts_are_refused() {
 }
 
 #[test]
-fn split_select_and_concat_keep_every_image_once() {
+fn split_and_select_keep_every_image_once() {
     let data = bytes(11);
     let (train, test) = data.split().unwrap();
     assert_eq!((train.len(), test.len()), (9, 2));
