@@ -98,7 +98,7 @@ fn one_size_or_a_resize() {
     refused(
         folder.path(),
         &Options::default(),
-        &["b.png", "9x5", "4x4", "a.png", "resized"],
+        &["b.png", "9x5", "4x4", "a.png", "--size"],
     );
     let with = |resize| Options {
         resize: Some(resize),
@@ -107,8 +107,8 @@ fn one_size_or_a_resize() {
     let data = open(folder.path(), &with(2)).unwrap();
     assert_eq!((data.height(), data.width()), (2, 2));
     assert_eq!(values(&data), [100, 100, 100, 100, 200, 200, 200, 200]);
-    refused(folder.path(), &with(0), &["resize: 0", "1 to 4096"]);
-    refused(folder.path(), &with(5000), &["resize: 5000"]);
+    refused(folder.path(), &with(0), &["size: 0", "1 to 4096"]);
+    refused(folder.path(), &with(5000), &["size: 5000"]);
 }
 
 #[test]
