@@ -320,3 +320,23 @@ fn gzip_that_unpacks_absurdly_is_refused_and_a_plain_one_is_read() {
     let dark = write("dark.gz", 3, 64, Compression::best());
     assert_eq!(data::open(dark.to_str().unwrap()).unwrap().len(), 3);
 }
+
+#[test]
+fn a_folder_of_idx_files_is_found_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let idx = |name: &str, kind: u8, sizes: &[u32], values: &[u8]| {
+        let mut bytes = vec![0, 0, 8, kind];
+        bytes.extend(sizes.iter().flat_map(|n| n.to_be_bytes()));
+        bytes.extend(values);
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    };
+    idx("train-images-idx3-ubyte", 3, &[2, 1, 2], &[1, 2, 3, 4]);
+    idx("train-labels-idx1-ubyte", 1, &[2], &[1, 0]);
+    idx("t10k-images-idx3-ubyte", 3, &[1, 1, 2], &[5, 6]);
+    idx("t10k-labels-idx1-ubyte", 1, &[1], &[1]);
+    let spec = folder.path().to_str().unwrap();
+    let splits = data::splits(spec, &Options::default()).unwrap();
+    assert_eq!(values(&splits.train), [1, 2, 3, 4]);
+    assert_eq!(values(&splits.test), [5, 6]);
+    assert_eq!(splits.train.labels().unwrap(), [1, 0]);
+}

@@ -354,36 +354,6 @@ impl Dataset {
             .input())
     }
 
-    /// Bytes of pixels that are in memory.
-    #[cfg(test)]
-    pub(super) fn kept_bytes(&self) -> u64 {
-        match &*self.store {
-            Store::Memory(pixels) => pixels.len() as u64,
-            Store::Files(files) => files.kept_bytes(),
-        }
-    }
-
-    /// The pixels of all images, read anew.
-    #[cfg(test)]
-    pub(super) fn pixels(&self) -> Pixels {
-        let size = self.image_size();
-        match &*self.store {
-            Store::Memory(Pixels::Levels { values, max }) => Pixels::Levels {
-                values: gather(values, &self.places, size),
-                max: *max,
-            },
-            Store::Memory(Pixels::Real(values)) => Pixels::Real(gather(values, &self.places, size)),
-            Store::Files(files) => {
-                let all = files.read(&self.places).unwrap();
-                let repeat = |planes: &std::borrow::Cow<[u8]>| planes.repeat(size / planes.len());
-                Pixels::Levels {
-                    values: all.iter().flat_map(repeat).collect(),
-                    max: 255,
-                }
-            }
-        }
-    }
-
     pub(super) fn image_size(&self) -> usize {
         self.channels * self.height * self.width
     }
@@ -446,15 +416,6 @@ fn push_image<T: Copy>(
 pub fn flips(key: Key, items: &[usize]) -> Vec<bool> {
     let coin = |&item: &usize| key.item(item as u64).below(2) == 1;
     items.iter().map(coin).collect()
-}
-
-#[cfg(test)]
-fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
-    let mut out = Vec::with_capacity(items.len() * size);
-    for &item in items {
-        out.extend_from_slice(&values[item * size..][..size]);
-    }
-    out
 }
 
 fn check_values(name: &str, pixels: &Pixels, size: usize) -> Result<()> {

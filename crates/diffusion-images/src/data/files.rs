@@ -167,8 +167,16 @@ pub(super) struct Opened {
     pub files: Files,
     /// For each picture, the place of its file in the list that was opened.
     pub places: Vec<usize>,
-    /// Files that are no pictures, with their places in the list.
-    pub broken: Vec<(usize, Skipped, Report)>,
+    /// Files that are no pictures.
+    pub broken: Vec<(Skipped, Error)>,
+}
+
+/// What an error says of a file that is no picture; `None` if the error is not the file's fault.
+pub(super) fn fault(error: &Error) -> Option<&Report> {
+    match error {
+        Error::Input(report) | Error::Limit(report) | Error::Unsupported(report) => Some(report),
+        _ => None,
+    }
 }
 
 /// Decodes every file once. Files that are no picture, are damaged or exceed the limits are listed.
@@ -201,12 +209,12 @@ pub(super) fn open(paths: &[&Path], how: How, memory: u64) -> Result<Opened> {
         for ((&path, decoded), place) in chunk.iter().zip(decoded).zip(first..) {
             let (decoded, plain, color) = match decoded {
                 Ok(decoded) => decoded,
-                Err(Error::Input(report) | Error::Limit(report) | Error::Unsupported(report)) => {
+                Err(error) if fault(&error).is_some() => {
                     let skipped = Skipped {
                         file: path.to_path_buf(),
-                        reason: report.to_string(),
+                        reason: error.to_string(),
                     };
-                    broken.push((place, skipped, report));
+                    broken.push((skipped, error));
                     continue;
                 }
                 Err(error) => return Err(error),

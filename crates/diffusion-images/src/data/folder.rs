@@ -73,7 +73,7 @@ pub(super) fn open(name: &Path, folders: &[PathBuf], import: &Import) -> Result<
     if broken > 0 && import.broken == Broken::Refuse {
         return Err(refuse(name, opened.broken, paths.len()));
     }
-    let skipped: Vec<Skipped> = opened.broken.into_iter().map(|(_, file, _)| file).collect();
+    let skipped: Vec<Skipped> = opened.broken.into_iter().map(|(file, _)| file).collect();
     warn(&skipped);
     let mut counts = vec![0; folders.len()];
     let mut values = Vec::new();
@@ -104,26 +104,36 @@ pub(super) fn open(name: &Path, folders: &[PathBuf], import: &Import) -> Result<
 }
 
 /// One error for all broken files.
-fn refuse(folder: &Path, broken: Vec<(usize, Skipped, Report)>, files: usize) -> Error {
+fn refuse(folder: &Path, mut broken: Vec<(Skipped, Error)>, count: usize) -> Error {
     const LEAVE_OUT: &str = "--broken skip leaves such files out";
-    if let [(_, _, report)] = &broken[..] {
-        let mut report = report.clone();
-        report.remedy = format!("{}; {LEAVE_OUT}", report.remedy);
-        return report.input();
+    if broken.len() == 1
+        && let Some((_, error)) = broken.pop()
+    {
+        let also = |report: Report| {
+            let remedy = format!("{}; {LEAVE_OUT}", report.remedy);
+            report.remedy(remedy)
+        };
+        return match error {
+            Error::Input(report) => also(report).input(),
+            Error::Limit(report) => also(report).limit(),
+            Error::Unsupported(report) => also(report).unsupported(),
+            other => other,
+        };
     }
     let mut names: Vec<String> = broken
         .iter()
         .take(NAMED)
-        .map(|(_, Skipped { file, .. }, report)| {
+        .map(|(Skipped { file, .. }, error)| {
+            let found = files::fault(error).map_or("", |report| report.found.as_str());
             let file = file.strip_prefix(folder).unwrap_or(file);
-            format!("{} ({})", file.display(), report.found)
+            format!("{} ({found})", file.display())
         })
         .collect();
     if broken.len() > NAMED {
         names.push(format!("{} more", broken.len() - NAMED));
     }
     let found = format!(
-        "{} of {files} files are damaged or no images: {}",
+        "{} of {count} files are damaged or no images: {}",
         broken.len(),
         names.join(", ")
     );

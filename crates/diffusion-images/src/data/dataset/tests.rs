@@ -2,6 +2,45 @@
 
 use super::*;
 
+/// What the tests of the readers look at.
+impl Dataset {
+    /// Bytes of pixels that are in memory.
+    pub(in crate::data) fn kept_bytes(&self) -> u64 {
+        match &*self.store {
+            Store::Memory(pixels) => pixels.len() as u64,
+            Store::Files(files) => files.kept_bytes(),
+        }
+    }
+
+    /// The pixels of all images, read anew.
+    pub(in crate::data) fn pixels(&self) -> Pixels {
+        let size = self.image_size();
+        match &*self.store {
+            Store::Memory(Pixels::Levels { values, max }) => Pixels::Levels {
+                values: gather(values, &self.places, size),
+                max: *max,
+            },
+            Store::Memory(Pixels::Real(values)) => Pixels::Real(gather(values, &self.places, size)),
+            Store::Files(files) => {
+                let all = files.read(&self.places).unwrap();
+                let repeat = |planes: &std::borrow::Cow<[u8]>| planes.repeat(size / planes.len());
+                Pixels::Levels {
+                    values: all.iter().flat_map(repeat).collect(),
+                    max: 255,
+                }
+            }
+        }
+    }
+}
+
+fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(items.len() * size);
+    for &item in items {
+        out.extend_from_slice(&values[item * size..][..size]);
+    }
+    out
+}
+
 fn bytes(count: usize) -> Dataset {
     let values = (0..count * 6).map(|v| (v * 51 % 256) as u8).collect();
     let labels = Labels {
