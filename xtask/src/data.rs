@@ -1,4 +1,6 @@
-//! `cargo xtask data`: the small data sets that the repository carries.
+//! `cargo xtask data`: the small data sets that the repository carries, and whole ones of the user.
+
+mod import;
 
 use std::fmt::Write as _;
 use std::path::{Component, Path};
@@ -10,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::shell;
 
-/// Look after the data sets in `data/`.
+/// Look after the data sets in `data/`, and bring whole ones in.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -28,6 +30,7 @@ enum Verb {
     ///   cargo xtask data verify
     #[command(verbatim_doc_comment)]
     Verify,
+    Import(import::Args),
 }
 
 #[derive(Deserialize)]
@@ -51,7 +54,9 @@ struct Entry {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let Verb::Verify = args.verb;
+    if let Verb::Import(args) = &args.verb {
+        return import::run(args);
+    }
     let findings = verify(&shell::root()?.join("data"))?;
     findings.iter().for_each(|finding| println!("{finding}"));
     if findings.is_empty() {
@@ -149,7 +154,11 @@ fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) -> Result<()> {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes
         .iter()
         .fold(String::with_capacity(64), |mut hex, byte| {
             // Writing to a string cannot fail.

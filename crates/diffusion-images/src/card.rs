@@ -38,11 +38,11 @@ fn text(model: &Path, config: &ImageConfig, data: &Dataset, steps_done: u64) -> 
         if c == 1 { "" } else { "s" }
     );
     let train = &config.train;
+    // A path says more about a machine than about the data.
+    let source = Path::new(data.name()).file_name();
+    let source = source.map_or(data.name().into(), |name| name.to_string_lossy());
     let rows = [
-        (
-            "data",
-            format!("{}, {} training images", data.name(), data.len()),
-        ),
+        ("data", format!("{source}, {} training images", data.len())),
         (
             "classes",
             match (config.conditional, data.classes()) {

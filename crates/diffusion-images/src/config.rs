@@ -86,6 +86,9 @@ pub struct ImageConfig {
     pub conditional: bool,
     /// How often a label is withheld, so that the model also learns to do without.
     pub label_dropout: f64,
+    /// Mirror training images left to right: a fair coin for each image in each epoch. Not for
+    /// pictures whose sides mean something, such as digits and letters.
+    pub flip: bool,
     /// Compute the insides of residual blocks again in the backward pass instead of keeping them:
     /// less memory, about a third more time.
     pub gradient_checkpointing: bool,
@@ -103,6 +106,7 @@ impl Default for ImageConfig {
             time: TimeLaw::default(),
             conditional: true,
             label_dropout: 0.1,
+            flip: false,
             gradient_checkpointing: false,
             train: TrainConfig::default(),
         }

@@ -2,7 +2,7 @@
 
 use crate::card;
 use crate::config::ImageConfig;
-use crate::data::Dataset;
+use crate::data::{DataConfig, DataRecord, Dataset};
 use crate::model;
 use crate::train::{Images, Task};
 use candle_core::Device;
@@ -49,10 +49,11 @@ fn identity(config: &ImageConfig, data: &Dataset) -> Result<String> {
         gradient_checkpointing: false,
         ..config.clone()
     };
-    let (name, n) = (data.name(), data.len());
+    // By content: data may be moved, but not changed.
+    let (n, digest) = (data.len(), data.digest());
     let shape = [data.channels(), data.height(), data.width()];
     Ok(format!(
-        "{}\ndata {name}: {n} images of {shape:?}",
+        "{}\ndata: {n} images of {shape:?}, digest {digest}",
         model.to_toml()?
     ))
 }
@@ -104,6 +105,48 @@ fn read_seconds(file: &Path) -> Option<f64> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
+/// Refuses a folder in which a run was started already.
+///
+/// # Errors
+/// `Checkpoint` naming the folder.
+pub fn refuse_existing(model: &Path) -> Result<()> {
+    if !config_file(model).exists() {
+        return Ok(());
+    }
+    Err(Report::file(model, "a training run is here already")
+        .expected("a new folder")
+        .remedy("add --resume to continue it, or choose another --out")
+        .checkpoint())
+}
+
+/// Where a run keeps which data it learns from.
+pub fn data_file(model: &Path) -> PathBuf {
+    run_folder(model).join("data.toml")
+}
+
+/// Notes in the folder of a model which data it learns from, so that later commands need not be told.
+///
+/// # Errors
+/// `Io` when the note cannot be written.
+pub fn remember_data(model: &Path, config: &DataConfig, train: &Dataset) -> Result<()> {
+    let run = run_folder(model);
+    std::fs::create_dir_all(&run).map_err(|e| Error::io(&run, e))?;
+    let record = DataRecord {
+        images: train.len(),
+        digest: train.digest(),
+        data: config.absolute()?,
+    };
+    record.write(&data_file(model))
+}
+
+/// The data that a model learned from, if [`remember_data`] noted it.
+///
+/// # Errors
+/// Those of [`DataRecord::read`].
+pub fn remembered_data(model: &Path) -> Result<Option<DataRecord>> {
+    DataRecord::read(&data_file(model))
+}
+
 /// Trains in the folder `out` until the end, or until `cancel` is set, and writes the model.
 ///
 /// A run that is found there is continued from its newest valid checkpoint when `resume` is set
@@ -122,11 +165,8 @@ pub fn train(
     cancel: &Cancel,
 ) -> Result<Outcome> {
     let run = run_folder(out);
-    if !resume && config_file(out).exists() {
-        return Err(Report::file(out, "a training run is here already")
-            .expected("a new folder")
-            .remedy("add --resume to continue it, or choose another --out")
-            .checkpoint());
+    if !resume {
+        refuse_existing(out)?;
     }
     let mut task = Task::new(config, device)?;
     let checked = config.train.clone().check()?;
@@ -137,10 +177,7 @@ pub fn train(
     if !resume {
         write_atomic(&config_file(out), config.to_toml()?.as_bytes())?;
     }
-    let source = Images {
-        data,
-        device: device.clone(),
-    };
+    let source = Images::new(data, config, device);
     let outcome = trainer.run(&mut task, &source, observer, cancel)?;
     let weights = trainer.ema()?;
     model::save(out, config, data.classes(), &weights)?;

@@ -1,7 +1,7 @@
 //! The training task: noise to images, with labels that are sometimes withheld.
 
 use crate::config::ImageConfig;
-use crate::data::Dataset;
+use crate::data::{Dataset, flips};
 use crate::from_nn;
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::denoiser::{Call, Network, TimeCode};
@@ -29,6 +29,21 @@ pub struct Images<'a> {
     pub data: &'a Dataset,
     /// Where batches go.
     pub device: Device,
+    /// Draws which images are mirrored, by item and epoch; `None` for none.
+    pub flip: Option<Key>,
+}
+
+impl<'a> Images<'a> {
+    /// The images of `data` as a run with `config` sees them.
+    pub fn new(data: &'a Dataset, config: &ImageConfig, device: &Device) -> Self {
+        Self {
+            data,
+            device: device.clone(),
+            flip: config
+                .flip
+                .then(|| Key::new(config.train.seed, stream::AUGMENT)),
+        }
+    }
 }
 
 impl Source for Images<'_> {
@@ -38,8 +53,14 @@ impl Source for Images<'_> {
         self.data.len()
     }
 
-    fn batch(&self, items: &[usize], _: u64) -> Result<Batch> {
-        let (images, _) = self.data.batch(items, &self.device)?;
+    fn batch(&self, items: &[usize], epoch: u64) -> Result<Batch> {
+        let (images, _) = match self.flip {
+            Some(key) => {
+                let flips = flips(key.step(epoch), items);
+                self.data.batch_flipped(items, &flips, &self.device)?
+            }
+            None => self.data.batch(items, &self.device)?,
+        };
         let labels = self
             .data
             .labels()

@@ -98,7 +98,7 @@ fn one_size_or_a_resize() {
     refused(
         folder.path(),
         &Options::default(),
-        &["b.png", "9x5", "4x4", "a.png", "resized"],
+        &["b.png", "9x5", "4x4", "a.png", "--size"],
     );
     let with = |resize| Options {
         resize: Some(resize),
@@ -107,8 +107,8 @@ fn one_size_or_a_resize() {
     let data = open(folder.path(), &with(2)).unwrap();
     assert_eq!((data.height(), data.width()), (2, 2));
     assert_eq!(values(&data), [100, 100, 100, 100, 200, 200, 200, 200]);
-    refused(folder.path(), &with(0), &["resize: 0", "1 to 4096"]);
-    refused(folder.path(), &with(5000), &["resize: 5000"]);
+    refused(folder.path(), &with(0), &["size: 0", "1 to 4096"]);
+    refused(folder.path(), &with(5000), &["size: 5000"]);
 }
 
 #[test]
@@ -319,4 +319,24 @@ fn gzip_that_unpacks_absurdly_is_refused_and_a_plain_one_is_read() {
     // As small as this it does no harm.
     let dark = write("dark.gz", 3, 64, Compression::best());
     assert_eq!(data::open(dark.to_str().unwrap()).unwrap().len(), 3);
+}
+
+#[test]
+fn a_folder_of_idx_files_is_found_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let idx = |name: &str, kind: u8, sizes: &[u32], values: &[u8]| {
+        let mut bytes = vec![0, 0, 8, kind];
+        bytes.extend(sizes.iter().flat_map(|n| n.to_be_bytes()));
+        bytes.extend(values);
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    };
+    idx("train-images-idx3-ubyte", 3, &[2, 1, 2], &[1, 2, 3, 4]);
+    idx("train-labels-idx1-ubyte", 1, &[2], &[1, 0]);
+    idx("t10k-images-idx3-ubyte", 3, &[1, 1, 2], &[5, 6]);
+    idx("t10k-labels-idx1-ubyte", 1, &[1], &[1]);
+    let spec = folder.path().to_str().unwrap();
+    let splits = data::splits(spec, &Options::default()).unwrap();
+    assert_eq!(values(&splits.train), [1, 2, 3, 4]);
+    assert_eq!(values(&splits.test), [5, 6]);
+    assert_eq!(splits.train.labels().unwrap(), [1, 0]);
 }

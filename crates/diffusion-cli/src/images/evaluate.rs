@@ -1,5 +1,6 @@
 //! `diffusion images evaluate`
 
+use super::data::DataArgs;
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
@@ -9,14 +10,14 @@ use diffusion_core::grid::Grid;
 use diffusion_core::guide::Clip;
 use diffusion_core::sample::SamplerConfig;
 use diffusion_core::train::Cancel;
-use diffusion_images::data::{self, Color, Dataset, Options};
+use diffusion_images::data::Dataset;
 use diffusion_images::metric::{Classifier, ClassifierConfig, Evaluation, Judge};
 use diffusion_images::model::{ImageModel, SampleRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub const EXAMPLES: &str = "Example:
-  diffusion images evaluate --model digits-model --data digits
+  diffusion images evaluate --model digits-model --guidance 2
 
 A classifier is trained on the training images of --data, which must have classes; its features
 carry the distances. Samples are compared with the held-out images. Below them stands what real
@@ -29,9 +30,8 @@ pub struct Evaluate {
     /// Model folder.
     #[arg(long)]
     model: PathBuf,
-    /// The data that the model was trained on: as for `train`.
-    #[arg(long)]
-    data: String,
+    #[command(flatten)]
+    data: DataArgs,
     /// Number of samples; as many as there are held-out images when absent.
     #[arg(short)]
     n: Option<usize>,
@@ -47,26 +47,13 @@ pub struct Evaluate {
     /// Images computed at a time.
     #[arg(long, default_value_t = 64)]
     batch: usize,
-    /// Resize images of a folder to this many pixels, square.
-    #[arg(long)]
-    size: Option<u32>,
-    /// Turn images of a folder into grey ones.
-    #[arg(long)]
-    grey: bool,
 }
 
 pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
     let seed = global.seed.unwrap_or(0);
-    let options = Options {
-        resize: args.size,
-        color: if args.grey {
-            Color::Grey
-        } else {
-            Options::default().color
-        },
-    };
-    let splits = data::splits(&args.data, &options)?;
+    let (source, _) = args.data.of_model(&args.model)?;
+    let (splits, _) = args.data.open(&source)?;
     let model = ImageModel::open(&args.model, &device)?;
     let (train, test) = (&splits.train, &splits.test);
     let shape = [train.channels(), train.height(), train.width()];

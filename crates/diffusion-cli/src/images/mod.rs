@@ -1,5 +1,6 @@
 //! `diffusion images …`
 
+mod data;
 mod evaluate;
 mod sample;
 mod train;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 /// What can be done with images.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Train a model on the digits, an IDX file or a folder of PNG and JPEG images.
+    /// Train a model on built-in data, on MNIST's or CIFAR-10's files, or on a folder of pictures.
     #[command(after_help = train::EXAMPLES)]
     Train(train::Train),
     /// Make new images with a trained model.

@@ -1,29 +1,30 @@
 //! `diffusion images train`
 
+use super::data::{DataArgs, must_be_those};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::{Context, Result};
 use clap::Args;
 use diffusion_core::train::{Both, Cancel, JsonLines, Outcome};
 use diffusion_images::config::ImageConfig;
-use diffusion_images::data::{self, Color, Options};
+use diffusion_images::data::Dataset;
 use diffusion_images::validate::Validation;
 use diffusion_images::{preset, run};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 pub const EXAMPLES: &str = "Examples:
   diffusion images train --data digits --out digits-model
-  diffusion images train --data photos/ --size 32 --out photo-model --minutes 30
-  diffusion images train --data digits --out digits-model --resume";
+  diffusion images train --data photos/ --size 32 --broken skip --flip --out photo-model --minutes 30
+  diffusion images train --out photo-model --resume
+
+Pictures of a folder whose sizes differ need --size, a multiple of 4 for all presets.";
 
 /// Options of `diffusion images train`.
 #[derive(Args)]
 pub struct Train {
-    /// `digits`, `mnist` or `emoji` (built in), an IDX or npz file, CIFAR-10's binary files, or a
-    /// folder of images (sub-folders are classes).
-    #[arg(long, default_value = "digits")]
-    data: String,
+    #[command(flatten)]
+    data: DataArgs,
     /// Folder for the model and the state of the run.
     #[arg(long, required_unless_present = "print_config")]
     out: Option<PathBuf>,
@@ -49,12 +50,9 @@ pub struct Train {
     /// kept for the backward pass but computed again.
     #[arg(long)]
     gradient_checkpointing: bool,
-    /// Resize images of a folder to this many pixels, square.
-    #[arg(long)]
-    size: Option<u32>,
-    /// Turn images of a folder into grey ones.
-    #[arg(long)]
-    grey: bool,
+    /// Mirror training images left to right at random. Not for digits, letters and the like.
+    #[arg(long, conflicts_with = "resume")]
+    flip: bool,
     /// Steps between two looks at the run: the loss on held-out images goes to metrics.jsonl, a grid
     /// of samples to OUT/run/samples; 0 for none.
     #[arg(long, value_name = "STEPS", default_value_t = 500)]
@@ -66,18 +64,23 @@ pub struct Train {
 
 pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
-    let options = Options {
-        resize: args.size,
-        color: if args.grey {
-            Color::Grey
-        } else {
-            Options::default().color
-        },
+    let resumed = args.out.as_ref().filter(|_| args.resume);
+    let stored = resumed.map(|out| run::stored_config(out)).transpose()?;
+    let out = args.out.as_ref().filter(|_| !args.print_config);
+    if let (Some(out), false) = (out, args.resume) {
+        run::refuse_existing(out)?;
+    }
+    let (source, record) = match resumed {
+        Some(out) => args.data.of_model(out)?,
+        None => (args.data.new_run(), None),
     };
-    let splits = data::splits(&args.data, &options)?;
-    let mut config = match (&args.out, args.resume) {
-        (Some(out), true) => run::stored_config(out)?,
-        _ => configuration(args, &splits.train)?,
+    let (splits, skipped) = args.data.open(&source)?;
+    if let Some(record) = &record {
+        must_be_those(record, &source, &splits)?;
+    }
+    let mut config = match stored {
+        Some(stored) => stored,
+        None => configuration(args, &splits.train)?,
     };
     if let (Some(seed), false) = (global.seed, args.resume) {
         config.train.seed = seed;
@@ -87,10 +90,11 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     }
     config.gradient_checkpointing |= args.gradient_checkpointing;
     config.check()?;
-    let Some(out) = args.out.as_ref().filter(|_| !args.print_config) else {
+    let Some(out) = out else {
         print!("{}", config.to_toml()?);
         return Ok(ExitCode::SUCCESS);
     };
+    run::remember_data(out, &source, &splits.train)?;
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
     let progress = Progress::new(config.train.steps, global.quiet, &cancel);
@@ -117,10 +121,11 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
         &cancel,
     )?;
     observer.0.0.done();
-    report(args, global, out, &config, outcome)
+    let facts = serde_json::json!({ "data": source.source, "skipped": skipped });
+    report(global, out, &config, outcome, facts)
 }
 
-fn configuration(args: &Train, data: &data::Dataset) -> Result<ImageConfig> {
+fn configuration(args: &Train, data: &Dataset) -> Result<ImageConfig> {
     let mut config = preset::preset(args.preset.as_deref().unwrap_or("auto"), data)?;
     if let Some(file) = &args.config {
         let text = std::fs::read_to_string(file)
@@ -128,6 +133,7 @@ fn configuration(args: &Train, data: &data::Dataset) -> Result<ImageConfig> {
         config = ImageConfig::from_toml(&text, &file.display().to_string(), &config)?;
     }
     config.conditional &= !args.unconditional;
+    config.flip |= args.flip;
     if let Some(steps) = args.steps {
         preset::set_steps(&mut config, steps);
     }
@@ -136,24 +142,23 @@ fn configuration(args: &Train, data: &data::Dataset) -> Result<ImageConfig> {
 }
 
 fn report(
-    args: &Train,
     global: &Global,
-    out: &std::path::Path,
+    out: &Path,
     config: &ImageConfig,
     outcome: Outcome,
+    mut facts: serde_json::Value,
 ) -> Result<ExitCode> {
     let (finished, step) = match outcome {
         Outcome::Finished { step } => (true, step),
         Outcome::Interrupted { step } | Outcome::OutOfTime { step } => (false, step),
     };
     if global.json {
-        println!(
-            "{}",
-            serde_json::json!({
-                "model": out, "finished": finished, "step": step, "steps": config.train.steps,
-                "seed": config.train.seed, "data": args.data,
-            })
-        );
+        facts["model"] = serde_json::json!(out);
+        facts["finished"] = finished.into();
+        facts["step"] = step.into();
+        facts["steps"] = config.train.steps.into();
+        facts["seed"] = config.train.seed.into();
+        println!("{facts}");
     } else if finished {
         println!("{}: trained for {step} steps", out.display());
         println!(

@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use diffusion_core::train::{
     AdamWConfig, Cancel, EmaRule, Loss, LrSchedule, Objective, Quiet, StepCtx, TrainConfig, Trainer,
 };
+use diffusion_images::config::ImageConfig;
 use diffusion_images::data::Dataset;
 use diffusion_images::from_nn;
 use diffusion_images::train::{Batch, Images};
@@ -149,10 +150,7 @@ pub fn samples(train: &Dataset, labels: &[u32], count: usize, config: &Config) -
         ..TrainConfig::default()
     };
     let mut vae = Vae { net };
-    let source = Images {
-        data: train,
-        device: Device::Cpu,
-    };
+    let source = Images::new(train, &ImageConfig::default(), &Device::Cpu);
     let mut trainer = Trainer::new(store.named(), schedule.check()?)?;
     trainer.run(&mut vae, &source, &mut Quiet, &Cancel::new())?;
     let z = Key::new(config.seed, stream::EVALUATION)

@@ -1,9 +1,12 @@
-//! Images in memory, and batches of them as tensors.
+//! A set of images, and batches of them as tensors.
 
 use super::MAX_DATASET_BYTES;
+use super::files::Files;
+use super::split::{hash_levels, hash_reals};
 use candle_core::{Device, Tensor};
 use diffusion_core::{Report, Result};
 use diffusion_ops::rng::Key;
+use std::sync::Arc;
 
 /// Pixel values of all images, in the order image, channel, row, column.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,15 +40,25 @@ pub struct Labels {
     pub classes: Vec<String>,
 }
 
-/// Images of one size in memory, with or without labels.
-#[derive(Clone, Debug, PartialEq)]
+/// Where pixels come from.
+#[derive(Debug)]
+enum Store {
+    Memory(Pixels),
+    Files(Files),
+}
+
+/// Images of one size, with or without labels: in memory, or in files of which a bounded part is.
+///
+/// A copy or a selection shares the pixels with what it was made from.
+#[derive(Clone, Debug)]
 pub struct Dataset {
     name: String,
     channels: usize,
     height: usize,
     width: usize,
-    count: usize,
-    pixels: Pixels,
+    store: Arc<Store>,
+    /// Where each image is in the store.
+    places: Vec<usize>,
     labels: Option<Labels>,
 }
 
@@ -86,8 +99,30 @@ impl Dataset {
             channels,
             height,
             width,
-            count,
-            pixels,
+            store: Arc::new(Store::Memory(pixels)),
+            places: (0..count).collect(),
+            labels,
+        })
+    }
+
+    /// A data set of pictures in files.
+    pub(super) fn of_files(
+        name: impl Into<String>,
+        files: Files,
+        labels: Option<Labels>,
+    ) -> Result<Self> {
+        let (name, count) = (name.into(), files.len());
+        if let Some(labels) = &labels {
+            check_labels(&name, labels, count)?;
+        }
+        let (channels, height, width) = files.shape();
+        Ok(Self {
+            name,
+            channels,
+            height,
+            width,
+            store: Arc::new(Store::Files(files)),
+            places: (0..count).collect(),
             labels,
         })
     }
@@ -99,12 +134,12 @@ impl Dataset {
 
     /// The number of images, at least 1.
     pub fn len(&self) -> usize {
-        self.count
+        self.places.len()
     }
 
     /// Always false: a data set has at least one image.
     pub fn is_empty(&self) -> bool {
-        self.count == 0
+        self.places.is_empty()
     }
 
     /// 1 for grey, 3 for red, green, blue.
@@ -125,9 +160,10 @@ impl Dataset {
     /// How many values a pixel can take (256 for 8 bit, 17 for the digits), which likelihoods in
     /// bits refer to; `None` for real values.
     pub fn levels(&self) -> Option<u32> {
-        match self.pixels {
-            Pixels::Levels { max, .. } => Some(u32::from(max) + 1),
-            Pixels::Real(_) => None,
+        match &*self.store {
+            Store::Memory(Pixels::Levels { max, .. }) => Some(u32::from(*max) + 1),
+            Store::Memory(Pixels::Real(_)) => None,
+            Store::Files(_) => Some(256),
         }
     }
 
@@ -196,22 +232,33 @@ impl Dataset {
         let (size, width) = (self.image_size(), self.width);
         let mut values = Vec::with_capacity(items.len() * size);
         let flipped = |i: usize| flips.is_some_and(|flips| flips[i]);
-        match &self.pixels {
-            Pixels::Levels {
+        let places: Vec<usize> = items.iter().map(|&item| self.places[item]).collect();
+        match &*self.store {
+            Store::Memory(Pixels::Levels {
                 values: levels,
                 max,
-            } => {
+            }) => {
                 let table = level_table(*max);
                 let convert = |v: u8| table[usize::from(v)];
-                for (i, &item) in items.iter().enumerate() {
-                    let image = &levels[item * size..][..size];
+                for (i, &place) in places.iter().enumerate() {
+                    let image = &levels[place * size..][..size];
                     push_image(image, width, flipped(i), convert, &mut values);
                 }
             }
-            Pixels::Real(reals) => {
-                for (i, &item) in items.iter().enumerate() {
-                    let image = &reals[item * size..][..size];
+            Store::Memory(Pixels::Real(reals)) => {
+                for (i, &place) in places.iter().enumerate() {
+                    let image = &reals[place * size..][..size];
                     push_image(image, width, flipped(i), |v| v, &mut values);
+                }
+            }
+            Store::Files(files) => {
+                let table = level_table(255);
+                let convert = |v: u8| table[usize::from(v)];
+                for (i, planes) in files.read(&places)?.iter().enumerate() {
+                    // A grey picture in a data set of colour has one plane for all channels.
+                    for _ in 0..size / planes.len() {
+                        push_image(planes, width, flipped(i), convert, &mut values);
+                    }
                 }
             }
         }
@@ -232,7 +279,7 @@ impl Dataset {
     /// # Errors
     /// Those of tensor creation.
     pub fn all(&self, device: &Device) -> Result<(Tensor, Option<Tensor>)> {
-        self.batch(&(0..self.count).collect::<Vec<_>>(), device)
+        self.batch(&(0..self.len()).collect::<Vec<_>>(), device)
     }
 
     /// A data set of some of the images, in the given order.
@@ -241,40 +288,56 @@ impl Dataset {
     /// Those of [`Dataset::batch`].
     pub fn select(&self, items: &[usize]) -> Result<Dataset> {
         self.check_items(items)?;
-        let size = self.image_size();
-        let pixels = match &self.pixels {
-            Pixels::Levels { values, max } => Pixels::Levels {
-                values: gather(values, items, size),
-                max: *max,
-            },
-            Pixels::Real(values) => Pixels::Real(gather(values, items, size)),
-        };
         let labels = self.labels.as_ref().map(|labels| Labels {
-            values: gather(&labels.values, items, 1),
+            values: items.iter().map(|&item| labels.values[item]).collect(),
             classes: labels.classes.clone(),
         });
         Ok(Dataset {
             name: self.name.clone(),
-            count: items.len(),
-            pixels,
+            store: self.store.clone(),
+            places: items.iter().map(|&item| self.places[item]).collect(),
             labels,
             ..*self
         })
     }
 
-    /// Images of `self` followed by those of `other`.
-    pub(super) fn concat(mut self, other: Dataset) -> Result<Dataset> {
-        self.must_match(&other)?;
-        match (&mut self.pixels, other.pixels) {
-            (Pixels::Levels { values: a, .. }, Pixels::Levels { values: b, .. }) => a.extend(b),
-            (Pixels::Real(a), Pixels::Real(b)) => a.extend(b),
-            _ => return Err(Report::new(&self.name, "two kinds of pixels").input()),
+    /// A number that two data sets share if and only if (in practice) they have the same images in
+    /// the same order with the same classes, wherever they come from: 32 bytes of BLAKE3 in
+    /// hexadecimal.
+    pub fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let mut number = |n: u64| {
+            hasher.update(&n.to_le_bytes());
+        };
+        for n in [self.channels, self.height, self.width, self.len()] {
+            number(n as u64);
         }
-        if let (Some(a), Some(b)) = (&mut self.labels, other.labels) {
-            a.values.extend(b.values);
+        number(self.levels().unwrap_or(0).into());
+        self.hashes().into_iter().for_each(&mut number);
+        self.labels()
+            .unwrap_or_default()
+            .iter()
+            .for_each(|&label| number(label.into()));
+        for class in self.classes() {
+            number(class.len() as u64);
         }
-        self.count += other.count;
-        Ok(self)
+        for class in self.classes() {
+            hasher.update(class.as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// The hash of the pixels of each image, as [`super::split`] defines it.
+    pub(super) fn hashes(&self) -> Vec<u64> {
+        let size = self.image_size();
+        let hash = |&place: &usize| match &*self.store {
+            Store::Memory(Pixels::Levels { values, .. }) => {
+                hash_levels(&values[place * size..][..size])
+            }
+            Store::Memory(Pixels::Real(values)) => hash_reals(&values[place * size..][..size]),
+            Store::Files(files) => files.hash(place),
+        };
+        self.places.iter().map(hash).collect()
     }
 
     /// Refuses another data set whose images have another shape or other classes.
@@ -297,22 +360,18 @@ impl Dataset {
             .input())
     }
 
-    pub(super) fn pixels(&self) -> &Pixels {
-        &self.pixels
-    }
-
     pub(super) fn image_size(&self) -> usize {
         self.channels * self.height * self.width
     }
 
     fn check_items(&self, items: &[usize]) -> Result<()> {
-        let bad = match items.iter().find(|&&item| item >= self.count) {
+        let bad = match items.iter().find(|&&item| item >= self.len()) {
             Some(item) => format!("item {item}"),
             None if items.is_empty() => "an empty list of items".to_string(),
             None => return Ok(()),
         };
         Err(Report::new(&self.name, bad)
-            .expected(format!("items 0 to {}", self.count - 1))
+            .expected(format!("items 0 to {}", self.len() - 1))
             .config())
     }
 }
@@ -363,14 +422,6 @@ fn push_image<T: Copy>(
 pub fn flips(key: Key, items: &[usize]) -> Vec<bool> {
     let coin = |&item: &usize| key.item(item as u64).below(2) == 1;
     items.iter().map(coin).collect()
-}
-
-fn gather<T: Copy>(values: &[T], items: &[usize], size: usize) -> Vec<T> {
-    let mut out = Vec::with_capacity(items.len() * size);
-    for &item in items {
-        out.extend_from_slice(&values[item * size..][..size]);
-    }
-    out
 }
 
 fn check_values(name: &str, pixels: &Pixels, size: usize) -> Result<()> {

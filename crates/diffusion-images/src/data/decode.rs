@@ -23,8 +23,10 @@ use super::container::{self, Flaw, Kind};
 use super::{Fit, MAX_IMAGE_BYTES, MAX_SIDE, input};
 use diffusion_core::{Error, Report, Result};
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder};
-use image::imageops::FilterType;
-use image::{ColorType, DynamicImage, GrayImage, ImageDecoder, ImageResult, Limits, RgbImage};
+use image::imageops::{self, FilterType};
+use image::{
+    ColorType, DynamicImage, GrayImage, ImageDecoder, ImageResult, Limits, Luma, Rgb, RgbImage,
+};
 use std::io::Cursor;
 use std::path::Path;
 
@@ -81,7 +83,7 @@ pub(super) fn from_bytes(path: &Path, bytes: &[u8], conversion: &Conversion) -> 
     };
     let picture = decoded.map_err(|error| undecodable(path, kind, error))?;
     let picture = match conversion.side {
-        Some(side) => resize(picture, side, conversion.fit),
+        Some(side) => resize(picture, side, conversion),
         None => picture,
     };
     let (width, height) = (picture.width(), picture.height());
@@ -218,10 +220,13 @@ fn flatten(buffer: &mut Vec<u8>, channels: usize, wide: bool, behind: [u8; 3]) -
 
 /// The largest centred square or the whole picture, resized by a Lanczos filter that is widened
 /// when it shrinks.
-fn resize(picture: DynamicImage, side: u32, fit: Fit) -> DynamicImage {
+fn resize(picture: DynamicImage, side: u32, conversion: &Conversion) -> DynamicImage {
     let (width, height) = (picture.width(), picture.height());
     let square = width.min(height);
-    let cropped = match fit {
+    if conversion.fit == Fit::Pad && width != height {
+        return pad(picture, side, conversion.background);
+    }
+    let cropped = match conversion.fit {
         Fit::Crop if width != height => {
             picture.crop_imm((width - square) / 2, (height - square) / 2, square, square)
         }
@@ -231,6 +236,42 @@ fn resize(picture: DynamicImage, side: u32, fit: Fit) -> DynamicImage {
         cropped
     } else {
         cropped.resize_exact(side, side, FilterType::Lanczos3)
+    }
+}
+
+/// The whole picture in the middle of a square of the background; grey on a coloured background is
+/// colour.
+fn pad(picture: DynamicImage, side: u32, behind: [u8; 3]) -> DynamicImage {
+    // The longer side becomes `side`, the shorter one at least 1.
+    let scaled = |length: u32, longest: u32| {
+        let exact = f64::from(length) * f64::from(side) / f64::from(longest);
+        (exact.round() as u32).clamp(1, side)
+    };
+    let longest = picture.width().max(picture.height());
+    let (width, height) = (
+        scaled(picture.width(), longest),
+        scaled(picture.height(), longest),
+    );
+    let picture = if (width, height) == (picture.width(), picture.height()) {
+        picture
+    } else {
+        picture.resize_exact(width, height, FilterType::Lanczos3)
+    };
+    let (left, top) = (
+        i64::from((side - width) / 2),
+        i64::from((side - height) / 2),
+    );
+    match picture {
+        DynamicImage::ImageLuma8(grey) if behind == [behind[0]; 3] => {
+            let mut square = GrayImage::from_pixel(side, side, Luma([behind[0]]));
+            imageops::replace(&mut square, &grey, left, top);
+            DynamicImage::ImageLuma8(square)
+        }
+        other => {
+            let mut square = RgbImage::from_pixel(side, side, Rgb(behind));
+            imageops::replace(&mut square, &other.into_rgb8(), left, top);
+            DynamicImage::ImageRgb8(square)
+        }
     }
 }
 

@@ -10,109 +10,20 @@
 //! files (`README.md`, `Thumbs.db`) too, with a warning; any other file must be an image, whatever
 //! its name ends in.
 
-use super::dataset::check_total;
-use super::decode::{self, Conversion, Pixmap};
-use super::{Dataset, Labels, MAX_SIDE, Pixels};
+use super::files::{self, How};
+use super::{Broken, Dataset, Import, Labels, Options, Skipped};
 use diffusion_core::{Error, Report, Result};
 use std::path::{Path, PathBuf};
 
-/// How the images of a folder are made alike.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Make each image a square of this width and height, by [`Fit`]. Without it all images must
-    /// have one size.
-    pub resize: Option<u32>,
-    /// Grey or colour.
-    pub color: Color,
-}
-
-/// How many channels the images of a folder get.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Color {
-    /// Grey if every file is stored as grey, else colour.
-    #[default]
-    Auto,
-    /// One channel: colour files are converted by their luma.
-    Grey,
-    /// Three channels: grey files are repeated.
-    Rgb,
-}
-
-/// How a picture becomes a square when a size is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fit {
-    /// The largest centred square is resized; what lies outside it is lost.
-    #[default]
-    Crop,
-    /// The whole picture is resized; proportions are lost.
-    Stretch,
-}
-
-/// What happens to a file that cannot be read as an image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Broken {
-    /// Reading stops with an error that names the file.
-    #[default]
-    Refuse,
-    /// The file is left out, with a warning, and listed in [`Skipped`].
-    Skip,
-}
-
-/// Everything that can be asked of a folder of images.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Import {
-    /// Size and colour.
-    pub options: Options,
-    /// How a picture becomes a square.
-    pub fit: Fit,
-    /// The red, green, blue on which transparent pictures are composed; white by default.
-    pub background: [u8; 3],
-    /// What happens to broken files.
-    pub broken: Broken,
-}
-
-impl Default for Import {
-    fn default() -> Self {
-        Self::from(Options::default())
-    }
-}
-
-impl From<Options> for Import {
-    fn from(options: Options) -> Self {
-        Self {
-            options,
-            fit: Fit::default(),
-            background: [255; 3],
-            broken: Broken::default(),
-        }
-    }
-}
-
-impl Import {
-    fn conversion(&self) -> Conversion {
-        Conversion {
-            side: self.options.resize,
-            fit: self.fit,
-            background: self.background,
-        }
-    }
-}
-
-/// A file that was left out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Skipped {
-    /// The file.
-    pub file: PathBuf,
-    /// Why: the error that it would have been.
-    pub reason: String,
-}
+/// How many broken files an error or the warnings name one by one.
+const NAMED: usize = 20;
 
 /// All images of a folder.
 ///
 /// # Errors
-/// A folder without images, or that mixes images and class folders or nests deeper; a file that is
-/// no image, is damaged or exceeds the limits; images of different sizes when no resizing is asked
-/// for. Each error names the file.
+/// A folder without images, or that mixes images and class folders or nests deeper; files that are
+/// no image, are damaged or exceed the limits; images of different sizes when no resizing is asked
+/// for. Each error names the files.
 pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
     Ok(import(folder, &Import::from(options.clone()))?.0)
 }
@@ -126,89 +37,118 @@ pub fn read(folder: &Path, options: &Options) -> Result<Dataset> {
 /// # Errors
 /// Those of [`read`]; no image remains.
 pub fn import(folder: &Path, import: &Import) -> Result<(Dataset, Vec<Skipped>)> {
-    let options = &import.options;
-    if let Some(side) = options.resize
-        && !(1..=MAX_SIDE / 4).contains(&side)
-    {
-        return Err(Report::new("resize", side)
-            .expected(format!("1 to {}", MAX_SIDE / 4))
-            .remedy("try 32 or 64")
-            .config());
+    let parts = open(folder, &[folder.to_path_buf()], import)?;
+    Ok((parts.data, parts.skipped))
+}
+
+/// The images of one or several folders, one after another.
+pub(super) struct Parts {
+    pub data: Dataset,
+    pub skipped: Vec<Skipped>,
+    /// How many images each folder gave.
+    pub counts: Vec<usize>,
+}
+
+/// The images of `folders`, which must have the same classes, as a data set named after `name`.
+///
+/// # Errors
+/// Those of [`import`].
+pub(super) fn open(name: &Path, folders: &[PathBuf], import: &Import) -> Result<Parts> {
+    let how = How {
+        conversion: import.conversion()?,
+        color: import.options.color,
+    };
+    let trees = trees(folders)?;
+    let found: Vec<(usize, &Entry)> = trees
+        .iter()
+        .enumerate()
+        .flat_map(|(folder, tree)| tree.entries.iter().map(move |entry| (folder, entry)))
+        .collect();
+    let paths: Vec<&Path> = found
+        .iter()
+        .map(|(_, entry)| entry.file.as_path())
+        .collect();
+    let opened = files::open(&paths, how, import.memory)?;
+    let broken = opened.broken.len();
+    if broken > 0 && import.broken == Broken::Refuse {
+        return Err(refuse(name, opened.broken, paths.len()));
     }
-    let found = Listing::read(folder)?;
-    let mut stack = Stack::default();
-    let mut skipped = Vec::new();
-    let mut labels = Vec::new();
-    let mut classes = Vec::new();
-    if found.folders.is_empty() {
-        if found.files.is_empty() {
-            return Err(empty(folder));
-        }
-        for file in &found.files {
-            if let Some(picture) = decode_or_skip(file, import, &mut skipped)? {
-                stack.push(file, picture, options)?;
-            }
-        }
-    } else {
-        if let Some(file) = found.files.first() {
-            return Err(Report::file(file, "an image beside class folders")
-                .expected("either images or class folders in one folder")
-                .remedy("move the image into the folder of its class")
-                .input());
-        }
-        for (class, sub) in found.folders.iter().enumerate() {
-            classes.push(class_name(sub)?);
-            let inner = Listing::read(sub)?;
-            if let Some(deeper) = inner.folders.first() {
-                return Err(Report::file(deeper, "a folder inside a class folder")
-                    .expected("images only")
-                    .remedy("move its images up or remove it")
-                    .input());
-            }
-            if inner.files.is_empty() {
-                return Err(empty(sub));
-            }
-            for file in &inner.files {
-                if let Some(picture) = decode_or_skip(file, import, &mut skipped)? {
-                    stack.push(file, picture, options)?;
-                    labels.push(class as u32);
-                }
-            }
-        }
+    let skipped: Vec<Skipped> = opened.broken.into_iter().map(|(file, _)| file).collect();
+    warn(&skipped);
+    let mut counts = vec![0; folders.len()];
+    let mut values = Vec::new();
+    for &place in &opened.places {
+        let (folder, entry) = found[place];
+        counts[folder] += 1;
+        values.push(entry.class);
     }
-    let labels = (!classes.is_empty()).then_some(Labels {
-        values: labels,
-        classes,
-    });
-    if let (0, Some(first)) = (stack.count, skipped.first()) {
-        let found = format!("no image but {} broken files", skipped.len());
-        return Err(Report::file(folder, found)
+    if let (Some(bare), Some(first)) = (counts.iter().position(|&n| n == 0), skipped.first()) {
+        let found = format!("no image but {broken} broken files");
+        return Err(Report::file(&folders[bare], found)
             .expected("at least one image that can be read")
             .remedy(format!("look at the first: {}", first.reason))
             .input());
     }
-    Ok((stack.finish(folder, labels)?, skipped))
+    let classes = trees
+        .into_iter()
+        .next()
+        .map_or(Vec::new(), |tree| tree.classes);
+    let labels = (!classes.is_empty()).then_some(Labels { values, classes });
+    let (_, height, width) = opened.files.shape();
+    tracing::info!(folder = %name.display(), images = opened.files.len(), width, height, "read");
+    Ok(Parts {
+        data: Dataset::of_files(name.display().to_string(), opened.files, labels)?,
+        skipped,
+        counts,
+    })
 }
 
-/// The picture of a file, or nothing if it is broken and that is allowed.
-fn decode_or_skip(
-    file: &Path,
-    import: &Import,
-    skipped: &mut Vec<Skipped>,
-) -> Result<Option<Pixmap>> {
-    match decode::read(file, &import.conversion()) {
-        Ok(picture) => Ok(Some(picture)),
-        Err(error @ (Error::Input(_) | Error::Limit(_) | Error::Unsupported(_)))
-            if import.broken == Broken::Skip =>
-        {
-            tracing::warn!(file = %file.display(), %error, "a broken image: left out");
-            skipped.push(Skipped {
-                file: file.to_path_buf(),
-                reason: error.to_string(),
-            });
-            Ok(None)
-        }
-        Err(error) => Err(error),
+/// One error for all broken files.
+fn refuse(folder: &Path, mut broken: Vec<(Skipped, Error)>, count: usize) -> Error {
+    const LEAVE_OUT: &str = "--broken skip leaves such files out";
+    if broken.len() == 1
+        && let Some((_, error)) = broken.pop()
+    {
+        let also = |report: Report| {
+            let remedy = format!("{}; {LEAVE_OUT}", report.remedy);
+            report.remedy(remedy)
+        };
+        return match error {
+            Error::Input(report) => also(report).input(),
+            Error::Limit(report) => also(report).limit(),
+            Error::Unsupported(report) => also(report).unsupported(),
+            other => other,
+        };
+    }
+    let mut names: Vec<String> = broken
+        .iter()
+        .take(NAMED)
+        .map(|(Skipped { file, .. }, error)| {
+            let found = files::fault(error).map_or("", |report| report.found.as_str());
+            let file = file.strip_prefix(folder).unwrap_or(file);
+            format!("{} ({found})", file.display())
+        })
+        .collect();
+    if broken.len() > NAMED {
+        names.push(format!("{} more", broken.len() - NAMED));
+    }
+    let found = format!(
+        "{} of {count} files are damaged or no images: {}",
+        broken.len(),
+        names.join(", ")
+    );
+    Report::file(folder, found)
+        .expected("whole PNG or JPEG images")
+        .remedy(format!("replace or remove them; {LEAVE_OUT}"))
+        .input()
+}
+
+fn warn(skipped: &[Skipped]) {
+    for file in skipped.iter().take(NAMED) {
+        tracing::warn!("left out: {}", file.reason);
+    }
+    if skipped.len() > NAMED {
+        tracing::warn!("left out: {} more broken files", skipped.len() - NAMED);
     }
 }
 
@@ -224,6 +164,79 @@ pub fn split_folders(folder: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let found = Listing::read(folder)?;
     let alone = found.files.is_empty() && found.folders == [test.clone(), train.clone()];
     Ok(alone.then_some((train, test)))
+}
+
+/// A file with the number of its class; 0 where there are none.
+struct Entry {
+    file: PathBuf,
+    class: u32,
+}
+
+/// The images of a folder and the names of its classes, none where the images lie in it directly.
+struct Tree {
+    entries: Vec<Entry>,
+    classes: Vec<String>,
+}
+
+/// The trees of folders that have the same classes.
+fn trees(folders: &[PathBuf]) -> Result<Vec<Tree>> {
+    let mut trees: Vec<Tree> = Vec::new();
+    for folder in folders {
+        let tree = Tree::read(folder)?;
+        if let Some(first) = trees.first().filter(|first| first.classes != tree.classes) {
+            let list = |tree: &Tree| format!("classes [{}]", tree.classes.join(", "));
+            let expected = format!("{} as in {}", list(first), folders[0].display());
+            return Err(Report::file(folder, list(&tree))
+                .expected(expected)
+                .remedy("give training and test images of one kind")
+                .input());
+        }
+        trees.push(tree);
+    }
+    Ok(trees)
+}
+
+impl Tree {
+    fn read(folder: &Path) -> Result<Self> {
+        let found = Listing::read(folder)?;
+        let of_class = |class: usize| {
+            move |file: PathBuf| Entry {
+                file,
+                class: class as u32,
+            }
+        };
+        if found.folders.is_empty() {
+            if found.files.is_empty() {
+                return Err(empty(folder));
+            }
+            return Ok(Self {
+                entries: found.files.into_iter().map(of_class(0)).collect(),
+                classes: Vec::new(),
+            });
+        }
+        if let Some(file) = found.files.first() {
+            return Err(Report::file(file, "an image beside class folders")
+                .expected("either images or class folders in one folder")
+                .remedy("move the image into the folder of its class")
+                .input());
+        }
+        let (mut entries, mut classes) = (Vec::new(), Vec::new());
+        for (class, sub) in found.folders.iter().enumerate() {
+            classes.push(class_name(sub)?);
+            let inner = Listing::read(sub)?;
+            if let Some(deeper) = inner.folders.first() {
+                return Err(Report::file(deeper, "a folder inside a class folder")
+                    .expected("images only")
+                    .remedy("move its images up or remove it")
+                    .input());
+            }
+            if inner.files.is_empty() {
+                return Err(empty(sub));
+            }
+            entries.extend(inner.files.into_iter().map(of_class(class)));
+        }
+        Ok(Self { entries, classes })
+    }
 }
 
 fn empty(folder: &Path) -> Error {
@@ -288,88 +301,6 @@ fn is_clutter(name: &str) -> bool {
     matches!(name.as_str(), "thumbs.db" | "desktop.ini")
         || matches!(extension, "txt" | "md" | "csv" | "json" | "html")
         || extension.is_empty() && matches!(stem, "license" | "readme" | "copying")
-}
-
-/// Images of one size, in planes, one after another.
-#[derive(Default)]
-struct Stack {
-    first: Option<(PathBuf, u32, u32)>,
-    channels: usize,
-    count: usize,
-    values: Vec<u8>,
-}
-
-impl Stack {
-    fn push(&mut self, file: &Path, mut picture: Pixmap, options: &Options) -> Result<()> {
-        if options.color == Color::Grey {
-            picture = picture.into_grey();
-        }
-        let wanted = if options.color == Color::Rgb {
-            3
-        } else {
-            picture.channels
-        };
-        self.check_size(file, &picture)?;
-        if self.channels == 1 && wanted == 3 {
-            self.repeat_planes(&picture)?;
-        }
-        self.channels = self.channels.max(wanted);
-        let size = self.channels * picture.pixels.len() / picture.channels;
-        check_total(
-            &file.display().to_string(),
-            (self.values.len() + size) as u64,
-        )?;
-        picture.append_planes(self.channels, &mut self.values);
-        self.count += 1;
-        Ok(())
-    }
-
-    fn check_size(&mut self, file: &Path, picture: &Pixmap) -> Result<()> {
-        let (width, height) = (picture.width, picture.height);
-        match &self.first {
-            None => self.first = Some((file.to_path_buf(), width, height)),
-            Some((_, w, h)) if (*w, *h) == (width, height) => {}
-            Some((first, w, h)) => {
-                return Err(Report::file(file, format!("{width}x{height} pixels"))
-                    .expected(format!("{w}x{h} as {} has", first.display()))
-                    .remedy("ask for a size to which all images are resized, such as 32")
-                    .input());
-            }
-        }
-        Ok(())
-    }
-
-    /// Turns the grey images so far into colour when the first colour image appears.
-    fn repeat_planes(&mut self, picture: &Pixmap) -> Result<()> {
-        let file = self
-            .first
-            .as_ref()
-            .map(|(file, ..)| file.display().to_string());
-        check_total(&file.unwrap_or_default(), 3 * self.values.len() as u64)?;
-        let plane = picture.pixels.len() / picture.channels;
-        self.values = self
-            .values
-            .chunks_exact(plane)
-            .flat_map(|grey| grey.repeat(3))
-            .collect();
-        Ok(())
-    }
-
-    fn finish(self, folder: &Path, labels: Option<Labels>) -> Result<Dataset> {
-        let Some((_, width, height)) = self.first else {
-            return Err(empty(folder));
-        };
-        tracing::info!(folder = %folder.display(), images = self.count, width, height, "read");
-        Dataset::new(
-            folder.display().to_string(),
-            (self.channels, height as usize, width as usize),
-            Pixels::Levels {
-                values: self.values,
-                max: 255,
-            },
-            labels,
-        )
-    }
 }
 
 #[cfg(test)]

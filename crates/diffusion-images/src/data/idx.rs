@@ -66,6 +66,13 @@ fn read_labels(idx: Idx, images: u32) -> Result<Labels> {
     })
 }
 
+/// The training images of a folder that holds MNIST's files under their own names.
+pub fn find(folder: &Path) -> Option<PathBuf> {
+    ["train-images-idx3-ubyte", "train-images.idx3-ubyte"]
+        .iter()
+        .find_map(|name| beside(&folder.join(name), name))
+}
+
 /// The labels file beside an images file: `…images-idx3-ubyte…` to `…labels-idx1-ubyte…`.
 pub fn labels_companion(images: &Path) -> Option<PathBuf> {
     let name = images.file_name()?.to_str()?;

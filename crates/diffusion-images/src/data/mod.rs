@@ -10,13 +10,15 @@
 //! | a file | IDX images (the format of MNIST and Fashion-MNIST), gzipped or not; labels are found by name | the test file beside it, else every fifth |
 //! | `….bin`, `….bin.gz` | one file of CIFAR-10 in its binary version | by hash |
 //! | `….npz` | NumPy arrays of images and labels | by hash |
+//! | a folder with `train-images-idx3-ubyte` or its `.gz` | MNIST, Fashion-MNIST and the like | `t10k-images-…`, else every fifth |
 //! | a folder with `data_batch_….bin` or `test_batch.bin` | CIFAR-10 | `test_batch`, else by hash |
 //! | another folder | PNG and JPEG files; sub-folders, if any, are classes | its folder `test` beside `train`, else by hash |
 //!
 //! By hash means [`Dataset::split_by_hash`] with a share of [`TEST_SHARE`]: equal images fall on
 //! the same side.
 //!
-//! A data set is held in memory as integers and converted when a batch is asked for:
+//! A data set is held in memory as integers and converted when a batch is asked for. Of a folder of
+//! images only so much is held as [`Import::memory`] allows; the rest is decoded when it is needed.
 //!
 //! ```text
 //! x = 2 v / v_max − 1        (8 bit: k / 127.5 − 1;  digits 0..=16: v / 8 − 1)
@@ -25,23 +27,28 @@
 //! Every reader checks what a header claims against what the file can hold before it allocates.
 
 pub mod cifar;
+mod config;
 mod container;
 mod dataset;
 mod decode;
 pub mod digits;
 pub mod emoji;
+mod files;
 pub mod folder;
 pub mod idx;
+mod import;
 mod input;
 pub mod mnist;
 pub mod npz;
 mod split;
 
+pub use config::{DataConfig, DataRecord};
 pub use dataset::{Dataset, Labels, Pixels, flips};
-pub use folder::{Broken, Color, Fit, Import, Options, Skipped};
+pub use import::{Broken, Color, DEFAULT_MEMORY, Fit, Import, Options, Skipped};
 pub use split::TEST_SHARE;
 
 use diffusion_core::{Error, Report, Result};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// The largest width or height of an image.
@@ -85,7 +92,7 @@ pub fn open_import(spec: &str, import: &Import) -> Result<(Dataset, Vec<Skipped>
         Source::Digits => digits::load()?,
         Source::Mnist => mnist::load()?,
         Source::Emoji => emoji::load()?,
-        Source::Idx(path) => idx::read(path)?,
+        Source::Idx(path) => idx::read(&path)?,
         Source::Npz(path) => npz::read(path)?,
         Source::Cifar(path) => cifar::read(path, [path])?,
         Source::CifarFolder(path, batches) => {
@@ -93,15 +100,11 @@ pub fn open_import(spec: &str, import: &Import) -> Result<(Dataset, Vec<Skipped>
             cifar::read(path, files.map(|file| file.as_path()))?
         }
         Source::Folder(path) => {
-            return match folder::split_folders(path)? {
-                Some((train, test)) => {
-                    let (train, mut skipped) = folder::import(&train, import)?;
-                    let (test, more) = folder::import(&test, import)?;
-                    skipped.extend(more);
-                    Ok((train.concat(test)?, skipped))
-                }
-                None => folder::import(path, import),
+            let parts = match folder::split_folders(path)? {
+                Some((train, test)) => folder::open(path, &[train, test], import)?,
+                None => folder::open(path, &[path.to_path_buf()], import)?,
             };
+            return Ok((parts.data, parts.skipped));
         }
     };
     Ok((data, Vec::new()))
@@ -129,9 +132,9 @@ pub fn splits_import(spec: &str, import: &Import) -> Result<(Splits, Vec<Skipped
         Source::Digits => digits::load()?.split()?,
         Source::Mnist => mnist::load()?.split_in_classes()?,
         Source::Emoji => emoji::load()?.split_in_classes()?,
-        Source::Idx(path) => match idx::test_companion(path) {
-            Some(test) => (idx::read(path)?, idx::read(&test)?),
-            None => idx::read(path)?.split()?,
+        Source::Idx(path) => match idx::test_companion(&path) {
+            Some(test) => (idx::read(&path)?, idx::read(&test)?),
+            None => idx::read(&path)?.split()?,
         },
         Source::Npz(path) => npz::read(path)?.split_by_hash(TEST_SHARE)?,
         Source::Cifar(path) => cifar::read(path, [path])?.split_by_hash(TEST_SHARE)?,
@@ -148,10 +151,11 @@ pub fn splits_import(spec: &str, import: &Import) -> Result<(Splits, Vec<Skipped
         }
         Source::Folder(path) => match folder::split_folders(path)? {
             Some((train, test)) => {
-                let (train, fewer) = folder::import(&train, import)?;
-                let (test, more) = folder::import(&test, import)?;
-                skipped = [fewer, more].concat();
-                (train, test)
+                let parts = folder::open(path, &[train, test], import)?;
+                let (all, first) = (parts.data, parts.counts[0]);
+                skipped = parts.skipped;
+                let range = |from: usize, to: usize| all.select(&(from..to).collect::<Vec<_>>());
+                (range(0, first)?, range(first, all.len())?)
             }
             None => {
                 let (all, fewer) = folder::import(path, import)?;
@@ -168,7 +172,7 @@ enum Source<'a> {
     Digits,
     Mnist,
     Emoji,
-    Idx(&'a Path),
+    Idx(Cow<'a, Path>),
     Npz(&'a Path),
     Cifar(&'a Path),
     CifarFolder(&'a Path, cifar::Batches),
@@ -179,9 +183,10 @@ impl<'a> Source<'a> {
     fn find(spec: &'a str, import: &Import) -> Result<Self> {
         let path = Path::new(spec);
         let source = match std::fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => match cifar::find(path)? {
-                Some(batches) => Source::CifarFolder(path, batches),
-                None => return Ok(Source::Folder(path)),
+            Ok(meta) if meta.is_dir() => match (cifar::find(path)?, idx::find(path)) {
+                (Some(batches), _) => Source::CifarFolder(path, batches),
+                (None, Some(images)) => Source::Idx(Cow::Owned(images)),
+                (None, None) => return Ok(Source::Folder(path)),
             },
             // A file or folder of that name would have to be given as `./digits`.
             _ if spec == digits::NAME => Source::Digits,
@@ -194,7 +199,7 @@ impl<'a> Source<'a> {
                 } else if cifar::is_named_so(path) {
                     Source::Cifar(path)
                 } else {
-                    Source::Idx(path)
+                    Source::Idx(Cow::Borrowed(path))
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -209,7 +214,7 @@ impl<'a> Source<'a> {
             }
             Err(error) => return Err(Error::io(path, error)),
         };
-        if *import != Import::default() {
+        if import.asks_of_folder() {
             return Err(Report::new(
                 format!("data `{spec}`"),
                 "options such as a size or colour were given",

@@ -8,12 +8,33 @@
 //!
 //! None of them draws random numbers: a source is divided in the same way in every run.
 
-use super::{Dataset, Pixels};
+use super::Dataset;
 use diffusion_core::{Report, Result};
 use std::collections::BTreeSet;
 
 /// The share of the images that [`super::splits`] holds out by hash.
 pub const TEST_SHARE: f64 = 0.2;
+
+/// The number of an image of integers: the first 8 bytes of its BLAKE3, little-endian.
+pub(super) fn hash_levels(image: &[u8]) -> u64 {
+    number(blake3::hash(image))
+}
+
+/// The number of an image of real values.
+pub(super) fn hash_reals(image: &[f32]) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    for value in image {
+        // Adding 0 makes one number of -0 and 0, which are equal pixels.
+        hasher.update(&(value + 0.0).to_le_bytes());
+    }
+    number(hasher.finalize())
+}
+
+fn number(hash: blake3::Hash) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&hash.as_bytes()[..8]);
+    u64::from_le_bytes(word)
+}
 
 impl Dataset {
     /// The fixed split into training and test images: image `i` is for testing if `i mod 5 = 4`.
@@ -91,33 +112,6 @@ impl Dataset {
         self.divide(hashes.iter().map(|&hash| hash < bound))
     }
 
-    /// A number for the pixels of each image.
-    fn hashes(&self) -> Vec<u64> {
-        let size = self.image_size();
-        let number = |hash: blake3::Hash| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&hash.as_bytes()[..8]);
-            u64::from_le_bytes(word)
-        };
-        match self.pixels() {
-            Pixels::Levels { values, .. } => values
-                .chunks_exact(size)
-                .map(|image| number(blake3::hash(image)))
-                .collect(),
-            Pixels::Real(values) => values
-                .chunks_exact(size)
-                .map(|image| {
-                    let mut hasher = blake3::Hasher::new();
-                    for value in image {
-                        // Adding 0 makes one number of -0 and 0, which are equal pixels.
-                        hasher.update(&(value + 0.0).to_le_bytes());
-                    }
-                    number(hasher.finalize())
-                })
-                .collect(),
-        }
-    }
-
     fn divide(&self, for_test: impl Iterator<Item = bool>) -> Result<(Dataset, Dataset)> {
         let mut sides = (Vec::new(), Vec::new());
         for (item, test) in for_test.enumerate() {
@@ -143,7 +137,7 @@ impl Dataset {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Labels;
+    use super::super::{Labels, Pixels};
     use super::*;
 
     fn toy(values: Vec<u8>) -> Dataset {
@@ -152,7 +146,7 @@ mod tests {
 
     fn values(data: &Dataset) -> Vec<u8> {
         match data.pixels() {
-            Pixels::Levels { values, .. } => values.clone(),
+            Pixels::Levels { values, .. } => values,
             Pixels::Real(_) => Vec::new(),
         }
     }

@@ -56,7 +56,7 @@ fn resizing_crops_the_centre_and_keeps_a_constant() {
             wide.put_pixel(x, y, image::Luma([200]));
         }
     }
-    let small = resize(DynamicImage::ImageLuma8(wide), 2, Fit::Crop).into_luma8();
+    let small = resize(DynamicImage::ImageLuma8(wide), 2, &Conversion::default()).into_luma8();
     assert_eq!(small.into_raw(), [200; 4]);
 }
 

@@ -76,7 +76,7 @@ fn read_one(descr: &str, shape: &str, values: &[u8]) -> Result<Dataset> {
 
 fn values(data: &Dataset) -> Vec<u8> {
     match data.pixels() {
-        Pixels::Levels { values, .. } => values.clone(),
+        Pixels::Levels { values, .. } => values,
         Pixels::Real(_) => Vec::new(),
     }
 }
@@ -126,11 +126,11 @@ fn floats_must_be_in_minus_one_to_one_and_say_so() {
         |values: [f32; 2]| read_one("<f4", "(1, 1, 2)", &values.map(f32::to_le_bytes).concat());
     assert_eq!(
         floats([-1.0, 1.0]).unwrap().pixels(),
-        &Pixels::Real(vec![-1.0, 1.0])
+        Pixels::Real(vec![-1.0, 1.0])
     );
     let doubles = [0.5f64, -0.25].map(f64::to_be_bytes).concat();
     let data = read_one(">f8", "(1, 1, 2)", &doubles).unwrap();
-    assert_eq!(data.pixels(), &Pixels::Real(vec![0.5, -0.25]));
+    assert_eq!(data.pixels(), Pixels::Real(vec![0.5, -0.25]));
     for (values, clue) in [
         ([0.0, 1.0], "without a negative value"),
         ([0.0, 255.0], "value 1: 255"),
