@@ -59,6 +59,19 @@ impl Grid {
         }
     }
 
+    /// Karras' grid as the paper bounds it: from `σ̂ = 80` down where the schedule goes further, as the
+    /// cosine table does (to about 20,000), where few steps would be spent on nothing but noise.
+    pub fn edm(schedule: &dyn Schedule) -> Self {
+        const SIGMA_MAX: f64 = 80.0;
+        let (_, high) = schedule.span();
+        let beyond = schedule.at(high).sigma_hat() > SIGMA_MAX;
+        Grid::Karras {
+            sigma_min: None,
+            sigma_max: beyond.then_some(SIGMA_MAX),
+            rho: 7.0,
+        }
+    }
+
     /// The `n` points at which the network is asked, followed by the data.
     ///
     /// # Errors
@@ -231,6 +244,18 @@ pub fn exponential(sigma_min: f64, sigma_max: f64, n: usize) -> Vec<f64> {
 mod tests {
     use super::*;
     use crate::schedule::{BetaSchedule, Edm, Vp};
+
+    #[test]
+    fn the_grid_of_edm_is_bounded_where_the_schedule_goes_further() {
+        let cosine = BetaSchedule::Cosine.table(1000).unwrap();
+        let linear = BetaSchedule::ddpm(1000).table(1000).unwrap();
+        let first = |table: &crate::schedule::Table| {
+            Grid::edm(table).points(table, 5).unwrap()[0].sigma_hat()
+        };
+        assert!((first(&cosine) - 80.0).abs() < 1e-6, "{}", first(&cosine));
+        let high = linear.at(linear.span().1).sigma_hat();
+        assert_eq!(first(&linear), high.min(80.0));
+    }
 
     #[test]
     fn integer_rules_of_table_two() {

@@ -97,6 +97,7 @@ pub fn of_model(
 ) -> Result<()> {
     let plan = study.plan;
     let request = study.request(
+        model,
         plan.sampler,
         plan.sampler_steps,
         plan.guidance,
@@ -239,7 +240,12 @@ pub fn curves(study: &Study<'_>, table: &Table, results: &mut Results) -> Result
             let system = table.get(&system(curve.sampler, steps, 1.0))?;
             Some((system.calls as f64, system.mean(frechet)?))
         });
-        lines.push(Series::new(curve.sampler, points.collect()));
+        let name = match curve.sampler {
+            "heun" => "edm (heun)",
+            "edm" => "edm with churn",
+            other => other,
+        };
+        lines.push(Series::new(name, points.collect()));
     }
     let calls = lines.iter().flat_map(|l| l.points.iter().map(|p| p.0));
     let (low, high) = calls.fold((f64::INFINITY, 0.0f64), |(a, b), c| (a.min(c), b.max(c)));

@@ -20,8 +20,11 @@ pub struct Plan {
     pub data: String,
     /// Training steps.
     pub steps: u64,
-    /// Seeds of training and sampling.
+    /// Seeds of training and sampling; of which so many get all samplers.
     pub seeds: Vec<u64>,
+    pub curve_seeds: usize,
+    /// The most samples of a row.
+    pub samples: usize,
     /// The sampler of the main rows, and its steps.
     pub sampler: &'static str,
     pub sampler_steps: usize,
@@ -47,8 +50,12 @@ const CURVES: &[Curve] = &[
         steps: &[5, 10, 20, 50],
     },
     Curve {
-        sampler: "edm",
+        sampler: "heun",
         steps: &[3, 5, 10, 25],
+    },
+    Curve {
+        sampler: "edm",
+        steps: &[10, 25],
     },
     Curve {
         sampler: "dpmpp-2m",
@@ -59,15 +66,15 @@ const CURVES: &[Curve] = &[
 const SHORT: &[Curve] = &[
     Curve {
         sampler: "ddpm",
-        steps: &[10, 20],
+        steps: &[20],
     },
     Curve {
         sampler: "ddim",
         steps: &[5, 10, 20],
     },
     Curve {
-        sampler: "edm",
-        steps: &[5, 10],
+        sampler: "heun",
+        steps: &[3, 5],
     },
     Curve {
         sampler: "dpmpp-2m",
@@ -86,10 +93,12 @@ pub fn plans(options: &Options) -> Vec<Plan> {
             data: "digits".into(),
             steps: steps(1000, 10_000),
             seeds: seeds.clone(),
+            curve_seeds: 3,
+            samples: 1000,
             sampler: "dpmpp-2m",
-            sampler_steps: 15,
+            sampler_steps: 10,
             sweep: &[1.0, 1.5, 2.0, 3.0],
-            guidance: 1.5,
+            guidance: 2.0,
             curves: CURVES,
             directions: (30, 12),
             vae_steps: 1000,
@@ -100,10 +109,12 @@ pub fn plans(options: &Options) -> Vec<Plan> {
             data: options.data.clone().unwrap_or_else(|| "mnist".into()),
             steps: steps(800, 20_000),
             seeds: seeds.clone(),
+            curve_seeds: if quick { 1 } else { 3 },
+            samples: if quick { 500 } else { 1000 },
             sampler: "dpmpp-2m",
             sampler_steps: 10,
-            sweep: &[1.0, 1.5, 2.5],
-            guidance: 1.5,
+            sweep: &[1.0, 2.0, 3.0],
+            guidance: 2.0,
             curves: if quick { SHORT } else { CURVES },
             directions: (50, 30),
             vae_steps: 1500,
@@ -114,8 +125,10 @@ pub fn plans(options: &Options) -> Vec<Plan> {
             data: "emoji".into(),
             steps: steps(400, 10_000),
             seeds: if quick { vec![options.seed] } else { seeds },
+            curve_seeds: 1,
+            samples: 1000,
             sampler: "dpmpp-2m",
-            sampler_steps: 15,
+            sampler_steps: 10,
             sweep: &[1.0, 2.0],
             guidance: 1.0,
             curves: SHORT,

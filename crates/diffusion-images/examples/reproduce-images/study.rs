@@ -42,6 +42,8 @@ pub fn run(options: &Options, plan: &Plan, results: &mut Results) -> Result<()> 
     let splits = data::splits(&plan.data, &data::Options::default())?;
     // One half of the held-out images is the reference; the other says what real images score.
     let (reference, real) = splits.test.halves()?;
+    let first: Vec<usize> = (0..real.len().min(plan.samples)).collect();
+    let real = real.select(&first)?;
     let classifier = Classifier::train(&splits.train, &ClassifierConfig::fitted(&splits.train))?;
     let judge = Judge::new(&classifier, &splits.train, &reference)?;
     let study = Study {
@@ -55,13 +57,15 @@ pub fn run(options: &Options, plan: &Plan, results: &mut Results) -> Result<()> 
     let (images, _) = study.real.all(&Device::Cpu)?;
     study.judge(&judge, &mut table, Measured::of(REAL, images, start))?;
     say(plan, start, "classifier and real images");
-    for &seed in &plan.seeds {
+    for (place, &seed) in plan.seeds.iter().enumerate() {
         study.baselines(&judge, &mut table, seed, results)?;
         say(plan, start, &format!("baselines, seed {seed}"));
         let (model, folder) = study.trained(seed)?;
         say(plan, start, &format!("model, seed {seed}"));
         study.guidance(&judge, &mut table, &model, seed)?;
-        study.samplers(&judge, &mut table, &model, seed)?;
+        if place < plan.curve_seeds {
+            study.samplers(&judge, &mut table, &model, seed)?;
+        }
         say(plan, start, &format!("samples, seed {seed}"));
         if seed == plan.seeds[0] {
             pictures::of_model(&study, &model, &folder, results)?;
@@ -211,6 +215,7 @@ impl Study<'_> {
     /// What to ask a sampler for, with the labels of the real images.
     pub fn request(
         &self,
+        model: &ImageModel,
         sampler: &str,
         steps: usize,
         guidance: f64,
@@ -220,10 +225,9 @@ impl Study<'_> {
         Ok(SampleRequest {
             count: self.real.len(),
             sampler: SamplerConfig::named(sampler)?,
-            grid: if sampler == "edm" {
-                Grid::karras()
-            } else {
-                Grid::Trailing
+            grid: match sampler {
+                "heun" | "edm" => Grid::edm(&model.table()?),
+                _ => Grid::Trailing,
             },
             steps,
             guidance: if labels.is_some() { guidance } else { 1.0 },
@@ -248,12 +252,12 @@ impl Study<'_> {
             return Ok(());
         }
         let start = Instant::now();
-        let request = self.request(sampler, steps, guidance, seed)?;
+        let request = self.request(model, sampler, steps, guidance, seed)?;
         let images = model.sample(&request, &mut ())?;
         let twice = if guidance == 1.0 { 1 } else { 2 };
         // Heun asks twice a step, but for the last one.
         let calls = twice
-            * if sampler == "edm" {
+            * if matches!(sampler, "heun" | "edm") {
                 2 * steps - 1
             } else {
                 steps
@@ -310,6 +314,11 @@ impl Study<'_> {
 
 /// The name of a sampler's rows.
 pub fn system(sampler: &str, steps: usize, guidance: f64) -> String {
+    let sampler = match sampler {
+        "heun" => "edm (heun)",
+        "edm" => "edm with churn",
+        other => other,
+    };
     format!("{sampler}, {steps} steps, guidance {guidance}")
 }
 
