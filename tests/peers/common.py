@@ -52,7 +52,7 @@ class Table:
     def note(self, what, gap, good):
         self.rows += 1
         self.bad += not good
-        print(f"  {what:<34} {gap:10.2e}  {'ok' if good else 'DIFFERS'}")
+        print(f"  {what:<46} {gap:10.2e}  {'ok' if good else 'DIFFERS'}")
 
     def compare(self, what, a, b, tolerance=None):
         import torch
