@@ -492,6 +492,31 @@ fn a_model_whose_withheld_label_is_not_known_has_classes_and_no_guidance() {
     refuses(&with(&[]), at, 2, &words);
     refuses(&with(&["--class", "3", "--guidance", "2"]), at, 2, &words);
     refuses(&["convert", "m", "n", "--class", "none"], at, 2, &words);
+    // The network alone, as an average is saved, with what is known about its labels beside it.
+    std::fs::write(at.join("known.json"), r#"{"null_class": 10}"#).unwrap();
+    succeeds(&["convert", "m/unet", "bare"], at);
+    refuses(
+        &["convert", "bare", "n", "--class", "none"],
+        at,
+        2,
+        &["bare/classes.json"],
+    );
+    let declared = [
+        "convert",
+        "m/unet",
+        "any",
+        "--classes",
+        "known.json",
+        "--class",
+        "none",
+    ];
+    succeeds(&declared, at);
+    succeeds(
+        &[
+            "images", "sample", "--model", "any", "-n", "1", "--steps", "2", "-q", "--out", "a.png",
+        ],
+        at,
+    );
     std::fs::write(&classes, r#"{"null_class": 10}"#).unwrap();
     succeeds(&with(&[]), at);
     succeeds(&with(&["--class", "3", "--guidance", "2"]), at);
