@@ -33,7 +33,8 @@ impl Noise for Recording {
 }
 
 /// Runs a pipeline from noise of a seed and gives `noise.0` (the first sample), `noise.1`, … (the
-/// later draws), `timesteps [n]`, `xs [n, B, C, H, W]` after each step, and `images [B, H, W, C]`.
+/// later draws), `timesteps [n]`, `xs [n, B, C, H, W]` after each step, `images [B, H, W, C]`, and
+/// `labels [B]` where they were given: a network's own labels, the withheld one among them.
 ///
 /// # Errors
 /// When the scheduler refuses the number of steps, or the network its input.
@@ -42,6 +43,7 @@ pub fn outputs(
     steps: usize,
     batch: usize,
     seed: u64,
+    labels: Option<&[u32]>,
 ) -> Result<BTreeMap<String, Tensor>> {
     let plan = saved.scheduler.plan(&Request::steps(steps))?;
     let config = saved.net.config();
@@ -59,8 +61,18 @@ pub fn outputs(
         source: CounterNoise::new(seed, 0..batch as u64),
         drawn: Vec::new(),
     };
+    let labels = match labels {
+        Some(labels) if labels.len() != batch => {
+            bail!(
+                "{} labels; expected one for each of {batch} images",
+                labels.len()
+            )
+        }
+        Some(labels) => Some(Tensor::new(labels, &Device::Cpu)?),
+        None => None,
+    };
     let x = noise.normal(&like)?;
-    let denoiser = plan.network(DType::F32, |x, t| saved.predict(x, t));
+    let denoiser = plan.network(DType::F32, |x, t| saved.predict(x, t, labels.as_ref()));
     let mut states: Vec<Tensor> = Vec::new();
     let mut watch = |progress: &Progress<'_>| {
         states.push(progress.x.clone());
@@ -78,6 +90,9 @@ pub fn outputs(
         "timesteps".into(),
         Tensor::new(plan.timesteps, &Device::Cpu)?,
     );
+    if let Some(labels) = &labels {
+        out.insert("labels".into(), labels.to_dtype(DType::I64)?);
+    }
     out.insert("xs".into(), Tensor::stack(&states, 0)?);
     out.insert("images".into(), as_images(&last)?);
     Ok(out)

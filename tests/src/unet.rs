@@ -3,19 +3,22 @@
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::Report;
-use diffusion_core::interop::folder::DiffusersFolder;
 use diffusion_core::interop::scheduler::Scheduler;
 use diffusion_core::limits::Limits;
-use diffusion_nn::net::unet2d::{UNet2D, UNet2DConfig, translate_deprecated};
+use diffusion_images::classes::Classes;
+use diffusion_images::saved::SavedModel;
+use diffusion_nn::net::unet2d::UNet2D;
 use diffusion_nn::{Mode, Store};
 use std::path::Path;
 
-/// The folder, its scheduler and its network.
+/// The class of the pipeline, its scheduler and its network.
 pub struct SavedUNet {
-    /// Where it came from.
-    pub folder: DiffusersFolder,
+    /// The class of the pipeline.
+    pub pipeline: String,
     /// Its scheduler.
     pub scheduler: Scheduler,
+    /// What the network's labels mean.
+    pub classes: Classes,
     /// Its network.
     pub net: UNet2D,
 }
@@ -26,33 +29,30 @@ impl SavedUNet {
     /// # Errors
     /// When a file is missing or malformed, the classes are others, or the weights don't fit.
     pub fn open(path: &Path) -> Result<Self> {
-        let folder = DiffusersFolder::open(path, &Limits::default())?;
-        let class = &folder.component("unet")?.class;
-        if class != "UNet2DModel" {
-            let report = Report::new("unet", class).expected("a UNet2DModel");
-            return Err(report.unsupported().into());
-        }
-        let scheduler = folder.scheduler()?;
-        let config: UNet2DConfig = serde_json::from_str(&folder.config_text("unet")?)
-            .with_context(|| folder.config_path("unet").display().to_string())?;
-        let weights = translate_deprecated(&folder.weights("unet")?)?;
-        let build = |scope: &_| UNet2D::new(&config, scope);
-        let net = Store::serve(&weights, DType::F32, &Device::Cpu, build)
+        let saved = SavedModel::open(path, &Limits::default())?;
+        let build = |scope: &_| UNet2D::new(&saved.network, scope);
+        let net = Store::serve(&saved.weights, DType::F32, &Device::Cpu, build)
             .with_context(|| format!("the weights in {}", path.display()))?;
         Ok(Self {
-            folder,
-            scheduler,
+            pipeline: saved.pipeline,
+            scheduler: saved.scheduler,
+            classes: saved.classes,
             net,
         })
     }
 
-    /// The network's output.
+    /// The network's output, for labels where it has them.
     ///
     /// # Errors
     /// Those of the network.
-    pub fn predict(&self, x: &Tensor, t: &Tensor) -> diffusion_core::Result<Tensor> {
+    pub fn predict(
+        &self,
+        x: &Tensor,
+        t: &Tensor,
+        labels: Option<&Tensor>,
+    ) -> diffusion_core::Result<Tensor> {
         self.net
-            .forward(x, t, None, Mode::Eval)
+            .forward(x, t, labels, Mode::Eval)
             .map_err(|error| match error {
                 diffusion_nn::Error::Candle(error) => error.into(),
                 other => Report::new("unet", other).input(),

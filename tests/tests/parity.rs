@@ -28,11 +28,11 @@ fn every_carried_fixture_passes() {
         .collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
     // A fixture that was lost would pass unnoticed.
-    assert!(outcomes.len() >= 68, "only {} fixtures", outcomes.len());
+    assert!(outcomes.len() >= 75, "only {} fixtures", outcomes.len());
     let seen: BTreeSet<(String, String)> =
         outcomes.into_iter().map(|o| (o.kind, o.system)).collect();
     for (kind, system, _) in TABLE {
-        let elsewhere = *kind == "pipeline" || ["unet2d_adm", "unet2d_ncsnpp"].contains(system);
+        let elsewhere = ["unet2d_adm", "unet2d_ncsnpp"].contains(system);
         let here = seen.contains(&(kind.to_string(), system.to_string()));
         assert!(here || elsewhere, "no carried fixture of {kind} {system}");
     }

@@ -33,6 +33,7 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
                 "parameters": model.num_parameters(),
                 "image_shape": shape,
                 "classes": model.classes(),
+                "null_class": model.labels().null(),
                 "unet": config,
                 "scheduler": scheduler,
                 "training": training,
@@ -53,6 +54,13 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
     match model.classes() {
         [] => println!("  classes     none (unconditional)"),
         names => println!("  classes     {}", names.join(", ")),
+    }
+    match model.labels().null() {
+        Some(label) => println!("  no class    label {label}"),
+        None if model.labels().conditional() => {
+            println!("  no class    no label is known for it: no guidance");
+        }
+        None => {}
     }
     println!(
         "  process     {}, {} steps, {} betas, predicts {}",

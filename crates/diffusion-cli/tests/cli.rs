@@ -378,10 +378,8 @@ fn convert_between_files_and_folders() {
     succeeds(&["convert", "m", "w.safetensors"], at);
     succeeds(&["convert", "m", "whole"], at);
     let config = "m/unet/config.json";
-    succeeds(
-        &["convert", "w.safetensors", "bare", "--network", config],
-        at,
-    );
+    let bare = ["convert", "w.safetensors", "bare", "--network", config];
+    succeeds(&[&bare[..], &["--classes", "m/classes.json"]].concat(), at);
     // The pixels of unconditional samples, without the settings that a file keeps.
     let sample = |model: &str, more: &[&str]| {
         let base = [
@@ -407,6 +405,27 @@ fn convert_between_files_and_folders() {
     assert_eq!(sample("bare", &[]), expected);
     let classes = ["--class", "3"];
     assert_eq!(sample("whole", &classes), sample("m", &classes));
+    // One label built into the network gives what was asked for by label, up to rounding.
+    let near = |a: &[u8], b: &[u8]| {
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.abs_diff(*b) <= 1)
+    };
+    succeeds(&["convert", "m", "threes", "--class", "3"], at);
+    succeeds(&["convert", "m", "any", "--class", "none"], at);
+    assert!(near(&sample("threes", &[]), &sample("m", &classes)));
+    assert!(near(&sample("any", &[]), &expected));
+    assert!(!near(&sample("threes", &[]), &expected));
+    refuses(
+        &["convert", "threes", "n", "--class", "3"],
+        at,
+        2,
+        &["unconditional"],
+    );
+    refuses(
+        &["convert", "m", "n", "--class", "x"],
+        at,
+        2,
+        &["one of 0, 1"],
+    );
     assert!(std::fs::read_dir(at).unwrap().all(|e| {
         let name = e.unwrap().file_name();
         !name.to_string_lossy().starts_with('.')
@@ -426,7 +445,7 @@ fn convert_between_files_and_folders() {
         &["--half", "a .safetensors file"],
     );
     let strip = ["convert", "m", "n.safetensors", "--strip", "nope."];
-    refuses(&strip, at, 2, &["nope.", "conv_in.bias"]);
+    refuses(&strip, at, 2, &["nope.", "class_embedding.weight"]);
     succeeds(&["convert", "m", "h.safetensors", "--half"], at);
     let size = |name: &str| std::fs::metadata(at.join(name)).unwrap().len();
     assert!(size("h.safetensors") < size("w.safetensors") * 2 / 3);
@@ -449,4 +468,59 @@ fn convert_between_files_and_folders() {
         &["w.safetensors", "not the weights of this network"],
     );
     assert!(!at.join("n").exists());
+}
+
+#[test]
+fn a_model_whose_withheld_label_is_not_known_has_classes_and_no_guidance() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let train: Vec<&str> = TINY.iter().copied().chain(["m"]).collect();
+    succeeds(&train, at);
+    // As diffusers would write it.
+    let classes = at.join("m/classes.json");
+    std::fs::remove_file(&classes).unwrap();
+    let said: serde_json::Value =
+        serde_json::from_str(&succeeds(&["inspect", "m", "--json"], at)).unwrap();
+    assert_eq!(said["classes"].as_array().unwrap().len(), 11);
+    assert!(said["null_class"].is_null());
+    let base = [
+        "images", "sample", "--model", "m", "-n", "2", "--steps", "2", "-q", "--out", "s.png",
+    ];
+    let with = |more: &[&'static str]| [&base[..], more].concat();
+    succeeds(&with(&["--class", "10"]), at);
+    let words = ["m/classes.json", "{\"null_class\": K}", "withheld"];
+    refuses(&with(&[]), at, 2, &words);
+    refuses(&with(&["--class", "3", "--guidance", "2"]), at, 2, &words);
+    refuses(&["convert", "m", "n", "--class", "none"], at, 2, &words);
+    // The network alone, as an average is saved, with what is known about its labels beside it.
+    std::fs::write(at.join("known.json"), r#"{"null_class": 10}"#).unwrap();
+    succeeds(&["convert", "m/unet", "bare"], at);
+    refuses(
+        &["convert", "bare", "n", "--class", "none"],
+        at,
+        2,
+        &["bare/classes.json"],
+    );
+    let declared = [
+        "convert",
+        "m/unet",
+        "any",
+        "--classes",
+        "known.json",
+        "--class",
+        "none",
+    ];
+    succeeds(&declared, at);
+    succeeds(
+        &[
+            "images", "sample", "--model", "any", "-n", "1", "--steps", "2", "-q", "--out", "a.png",
+        ],
+        at,
+    );
+    std::fs::write(&classes, r#"{"null_class": 10}"#).unwrap();
+    succeeds(&with(&[]), at);
+    succeeds(&with(&["--class", "3", "--guidance", "2"]), at);
+    refuses(&with(&["--class", "10"]), at, 2, &["one of 0, 1"]);
+    std::fs::write(&classes, r#"{"null_class": 11}"#).unwrap();
+    refuses(&with(&[]), at, 1, &["classes.json", "null_class: 11"]);
 }

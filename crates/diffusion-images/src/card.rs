@@ -76,11 +76,39 @@ fn text(model: &Path, config: &ImageConfig, data: &Dataset, steps_done: u64) -> 
         card,
         "diffusion images sample --model {name} -n 64 --out grid.png"
     );
-    card += "```\n\n```python\nfrom diffusers import DDPMPipeline\n";
-    let _ = writeln!(
-        card,
-        "DDPMPipeline.from_pretrained(\"{name}\")(batch_size=4).images[0]"
-    );
+    card += "```\n\n```python\n";
+    match config.network.num_class_embeds {
+        None => {
+            card += "from diffusers import DDPMPipeline\n";
+            let _ = writeln!(
+                card,
+                "DDPMPipeline.from_pretrained(\"{name}\")(batch_size=4).images[0]"
+            );
+        }
+        Some(labels) => {
+            let null = labels.saturating_sub(1);
+            let _ = write!(
+                card,
+                "import torch\nfrom diffusers import DDPMScheduler, UNet2DModel\n\n\
+                 unet = UNet2DModel.from_pretrained(\"{name}\", subfolder=\"unet\").eval()\n\
+                 scheduler = DDPMScheduler.from_pretrained(\"{name}\", subfolder=\"scheduler\")\n\
+                 scheduler.set_timesteps(250)\n\
+                 labels = torch.full((4,), 0)  # 0 to {}: classes.json has their names; {null}: no class\n\
+                 x = torch.randn(4, {c}, {h}, {w})\n\
+                 with torch.inference_mode():\n    \
+                     for t in scheduler.timesteps:\n        \
+                         x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample\n",
+                null.saturating_sub(1),
+            );
+        }
+    }
+    if config.network.num_class_embeds.is_some() {
+        let _ = write!(
+            card,
+            "```\n\n`DDPMPipeline` cannot pass a class. One class, or none, can be built into a model that it runs:\n\n\
+             ```sh\ndiffusion convert {name} {name}-one --class none\n"
+        );
+    }
     card += "```\n\nThe licence of the data decides what may be done with the model; it is not known here.\n";
     card
 }
@@ -108,6 +136,11 @@ mod tests {
         ] {
             assert!(text.contains(part), "no `{part}` in {text}");
         }
+        assert!(text.contains("class_labels=labels") && text.contains("10: no class"));
+        let mut plain = config.clone();
+        plain.network.num_class_embeds = None;
+        let plain = super::text(folder.path(), &plain, &digits, 7);
+        assert!(plain.contains("DDPMPipeline.from_pretrained") && !plain.contains("class_labels"));
         write(folder.path(), &config, &digits, 9).unwrap();
         assert!(
             std::fs::read_to_string(&file)

@@ -16,6 +16,7 @@
 //! ```
 
 pub mod card;
+pub mod classes;
 pub mod config;
 pub mod data;
 #[cfg(feature = "figures")]
@@ -26,6 +27,7 @@ pub mod model;
 pub mod picture;
 pub mod preset;
 pub mod run;
+pub mod saved;
 pub mod train;
 pub mod validate;
 

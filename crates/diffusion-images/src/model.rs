@@ -1,60 +1,45 @@
-//! A trained model on disk: a folder that diffusers can load, and samples from it.
+//! A trained model on disk, a folder that diffusers can load, and samples from it.
 //!
 //! ```text
 //! MODEL/model_index.json                              DDPMPipeline
 //! MODEL/unet/{config.json, diffusion_pytorch_model.safetensors}
 //! MODEL/scheduler/scheduler_config.json
-//! MODEL/class_embedding/{config.json, diffusion_pytorch_model.safetensors}   conditional models
+//! MODEL/classes.json                                  conditional models: names, withheld label
 //! MODEL/run/                                          configuration, metrics, checkpoints
 //! ```
 //!
-//! `unet/` is always an unconditional network, so that `DDPMPipeline` can run it: a label enters
-//! the network as a vector added to the time embedding, so the vector of the withheld label is
-//! folded into the last bias of that embedding, and `class_embedding/` holds the others relative
-//! to it. A folder whose `unet/` is class-conditional itself (`num_class_embeds`) is read as it is;
-//! its last class is taken for the withheld label.
+//! `unet/` is the network as diffusers' users expect it: a class-conditional one has
+//! `num_class_embeds`, and its last label, one more than there are classes, stands for no class.
+//! See [`crate::saved`] for reading and writing, [`crate::classes`] for what labels mean.
 
+use crate::classes::Classes;
 use crate::config::ImageConfig;
 use crate::from_nn;
+use crate::saved::SavedModel;
 use candle_core::{DType, Device, Tensor};
-use diffusion_core::checkpoint::{read_safetensors, write_atomic, write_safetensors_atomic};
 use diffusion_core::denoiser::{Denoiser, Network, TimeCode};
 use diffusion_core::grid::Grid;
 use diffusion_core::guide::{ClassifierFree, Clip, Thresholded};
-use diffusion_core::interop::folder::{DiffusersFolder, write_pipeline};
 use diffusion_core::interop::scheduler::Scheduler;
 use diffusion_core::limits::Limits;
 use diffusion_core::noise::CounterNoise;
 use diffusion_core::sample::{Ctx, Observer, SamplerConfig, prior};
 use diffusion_core::schedule::{Schedule, Table};
 use diffusion_core::{Error, Report, Result};
-use diffusion_nn::net::unet2d::{SampleSize, UNet2D, UNet2DConfig, translate_deprecated};
+use diffusion_nn::net::unet2d::{SampleSize, UNet2D, UNet2DConfig};
 use diffusion_nn::{Mode, Store};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Where the class vectors lie in a network's weights.
-const CLASS_WEIGHT: &str = "class_embedding.weight";
-/// The bias into which the withheld label is folded.
-const TIME_BIAS: &str = "time_embedding.linear_2.bias";
-/// File stem of weights, as diffusers names it.
-const STEM: &str = "diffusion_pytorch_model";
-
-/// The classes of a conditional model.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Classes {
-    names: Vec<String>,
-}
 
 /// A network ready to sample, with the process it was trained for.
 pub struct ImageModel {
     network: UNet2D,
     config: UNet2DConfig,
     scheduler: Scheduler,
-    classes: Vec<String>,
+    classes: Classes,
+    /// Where it was read from.
+    folder: Option<PathBuf>,
     device: Device,
     parameters: usize,
 }
@@ -70,7 +55,7 @@ pub struct SampleRequest {
     pub grid: Grid,
     /// Number of steps.
     pub steps: usize,
-    /// A class for every image, `None` for the unconditional model.
+    /// A class for every image; `None` for an unconditional model, or for the withheld label.
     pub labels: Option<Vec<u32>>,
     /// Classifier-free guidance weight: 0 unconditional, 1 conditional, more is sharper.
     pub guidance: f64,
@@ -82,72 +67,34 @@ pub struct SampleRequest {
     pub seed: u64,
 }
 
-/// Writes a trained network as a model folder.
+/// Writes a trained network as a model folder. `classes` are the names of a conditional network's
+/// classes; its last label is the withheld one.
 ///
 /// # Errors
-/// `Io`, and `Config` when weights are missing.
+/// `Io`, and `Config` when the process has no counterpart in diffusers.
 pub fn save(
     path: &Path,
     config: &ImageConfig,
     classes: &[String],
     weights: &BTreeMap<String, Tensor>,
 ) -> Result<()> {
-    let mut weights = weights.clone();
-    let mut network = config.network.clone();
-    if let Some(table) = weights.remove(CLASS_WEIGHT) {
-        network.num_class_embeds = None;
-        let null = table.get(table.dim(0)? - 1)?;
-        let Some(bias) = weights.get(TIME_BIAS) else {
-            return Err(Report::new(TIME_BIAS, "missing")
-                .expected("the weights of a UNet")
-                .input());
-        };
-        weights.insert(TIME_BIAS.into(), (bias + &null)?);
-        let relative = table
-            .narrow(0, 0, table.dim(0)? - 1)?
-            .broadcast_sub(&null)?;
-        let folder = path.join("class_embedding");
-        std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
-        let text = to_json(&Classes {
-            names: classes.to_vec(),
-        })?;
-        write_atomic(&folder.join("config.json"), text.as_bytes())?;
-        write_safetensors_atomic(
-            &folder.join(format!("{STEM}.safetensors")),
-            &BTreeMap::from([("weight".to_string(), relative)]),
-            &BTreeMap::from([("format".to_string(), "pt".to_string())]),
-        )?;
+    let scheduler = format!("{:#}\n", config.scheduler_json()?);
+    let network = config.network.clone();
+    SavedModel::new(
+        network,
+        weights.clone(),
+        trained(config, classes),
+        scheduler,
+    )?
+    .write(path)
+}
+
+/// The classes of a network in training.
+fn trained(config: &ImageConfig, names: &[String]) -> Classes {
+    match config.network.num_class_embeds {
+        Some(_) => Classes::with_null_last(names.to_vec()),
+        None => Classes::default(),
     }
-    let mut unet =
-        serde_json::to_value(&network).map_err(|e| Report::new("network", e).config())?;
-    unet["_class_name"] = "UNet2DModel".into();
-    write_pipeline(
-        path,
-        "DDPMPipeline",
-        unet,
-        &weights,
-        config.scheduler_json()?,
-    )
-}
-
-/// The configuration of a folder's network.
-fn network_config(folder: &DiffusersFolder) -> Result<UNet2DConfig> {
-    let file = folder.config_path("unet");
-    let text = folder.config_text("unet")?;
-    let mut reader = serde_json::Deserializer::from_str(&text);
-    let config: UNet2DConfig = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        Report::file(&file, format!("{}: {}", error.path(), error.inner()))
-            .expected("the configuration of a UNet2DModel")
-            .input()
-    })?;
-    config
-        .check()
-        .map_err(|error| Report::file(&file, error).config())?;
-    Ok(config)
-}
-
-fn to_json<T: Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string_pretty(value).map_err(|e| Report::new("json", e).config())
 }
 
 impl ImageModel {
@@ -156,53 +103,10 @@ impl ImageModel {
     /// # Errors
     /// `Input` naming what is missing or malformed, `Unsupported` for other networks.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        let limits = Limits::default();
-        let folder = DiffusersFolder::open(path, &limits)?;
-        let component = folder.component("unet")?;
-        if component.class != "UNet2DModel" {
-            return Err(Report::file(
-                &path.join("model_index.json"),
-                format!("unet: {}", component.class),
-            )
-            .expected("UNet2DModel")
-            .unsupported());
-        }
-        let mut config = network_config(&folder)?;
-        let mut weights = translate_deprecated(&folder.weights("unet")?)?;
-        let mut classes = Vec::new();
-        let conditions = path.join("class_embedding");
-        if conditions.is_dir() {
-            let file = conditions.join("config.json");
-            let text = limits.read_text(&file)?;
-            let read: Classes = serde_json::from_str(&text).map_err(|e| {
-                Report::file(&file, e)
-                    .expected("the names of the classes")
-                    .input()
-            })?;
-            classes = read.names;
-            let file = conditions.join(format!("{STEM}.safetensors"));
-            let Some(table) = read_safetensors(&file, &limits)?.remove("weight") else {
-                return Err(Report::file(&file, "no tensor `weight`")
-                    .expected("one row a class")
-                    .input());
-            };
-            if table.rank() != 2 || table.dim(0)? != classes.len() {
-                return Err(Report::file(&file, format!("shape {:?}", table.dims()))
-                    .expected(format!("one row for each of {} classes", classes.len()))
-                    .input());
-            }
-            let null = Tensor::zeros((1, table.dim(1)?), table.dtype(), table.device())?;
-            config.num_class_embeds = Some(classes.len() + 1);
-            weights.insert(CLASS_WEIGHT.into(), Tensor::cat(&[&table, &null], 0)?);
-        } else if let Some(count) = config.num_class_embeds {
-            classes = (0..count.saturating_sub(1))
-                .map(|k| k.to_string())
-                .collect();
-        }
-        let scheduler = folder.scheduler()?;
-        let parameters = weights.values().map(Tensor::elem_count).sum();
-        let network = Store::serve(&weights, DType::F32, device, |scope| {
-            UNet2D::new(&config, scope)
+        let saved = SavedModel::open(path, &Limits::default())?;
+        let parameters = saved.weights.values().map(Tensor::elem_count).sum();
+        let network = Store::serve(&saved.weights, DType::F32, device, |scope| {
+            UNet2D::new(&saved.network, scope)
         })
         .map_err(|error| match error {
             diffusion_nn::Error::Candle(error) => Error::Tensor(error),
@@ -212,9 +116,10 @@ impl ImageModel {
         })?;
         Ok(Self {
             network,
-            config,
-            scheduler,
-            classes,
+            config: saved.network,
+            scheduler: saved.scheduler,
+            classes: saved.classes,
+            folder: Some(path.to_path_buf()),
             device: device.clone(),
             parameters,
         })
@@ -236,16 +141,12 @@ impl ImageModel {
         })
         .map_err(from_nn)?;
         let scheduler = config.scheduler_json()?.to_string();
-        let conditional = config.network.num_class_embeds.is_some();
         Ok(Self {
             network,
             config: config.network.clone(),
             scheduler: Scheduler::from_json(&scheduler, "scheduler of the configuration")?,
-            classes: if conditional {
-                classes.to_vec()
-            } else {
-                Vec::new()
-            },
+            classes: trained(config, classes),
+            folder: None,
             device: device.clone(),
             parameters: weights.values().map(Tensor::elem_count).sum(),
         })
@@ -253,6 +154,11 @@ impl ImageModel {
 
     /// Names of the classes, empty for an unconditional model.
     pub fn classes(&self) -> &[String] {
+        self.classes.names()
+    }
+
+    /// What the labels of the network mean.
+    pub fn labels(&self) -> &Classes {
         &self.classes
     }
 
@@ -305,30 +211,31 @@ impl ImageModel {
         Ok([self.config.in_channels, height, width])
     }
 
-    /// The network as a denoiser; labels for a conditional one, `None` for the withheld label.
+    /// The network as a denoiser; classes for a conditional one, `None` for the withheld label.
     ///
     /// # Errors
-    /// `Config` when there are labels for an unconditional model or beyond the last class.
-    pub fn denoiser(&self, labels: Option<&[u32]>) -> Result<impl Denoiser + '_> {
-        let mut given = labels.unwrap_or_default().iter();
-        if let Some(bad) = given.find(|l| **l as usize >= self.classes.len()) {
-            let expected = match self.classes.len() {
-                0 => "no class: this model is unconditional".to_string(),
-                n => format!("0 to {}", n - 1),
-            };
-            return Err(Report::new("class", bad).expected(expected).config());
-        }
-        let null = self.classes.len() as u32;
-        let labels = labels.map(<[u32]>::to_vec);
-        let conditional = self.config.num_class_embeds.is_some();
+    /// `Config` when there are classes for an unconditional model or beyond the last one, and when
+    /// there are none for a conditional model whose withheld label is not known.
+    pub fn denoiser(&self, classes: Option<&[u32]>) -> Result<impl Denoiser + '_> {
+        let labels = match classes {
+            Some(classes) => {
+                let labels = classes.iter().map(|class| self.classes.label(*class));
+                Some(labels.collect::<Result<Vec<u32>>>()?)
+            }
+            None => None,
+        };
+        let null = match (&labels, self.classes.conditional()) {
+            (None, true) => Some(self.classes.null_label(self.folder.as_deref())?),
+            _ => None,
+        };
         Ok(Network::new(
             self.scheduler.kind(),
             TimeCode::Index,
             move |x: &Tensor, t: &Tensor| {
-                let labels = match (&labels, conditional) {
-                    (_, false) => None,
-                    (Some(labels), true) => Some(Tensor::new(labels.as_slice(), &self.device)?),
-                    (None, true) => Some(Tensor::full(null, x.dim(0)?, &self.device)?),
+                let labels = match (&labels, null) {
+                    (Some(labels), _) => Some(Tensor::new(labels.as_slice(), &self.device)?),
+                    (None, Some(null)) => Some(Tensor::full(null, x.dim(0)?, &self.device)?),
+                    (None, None) => None,
                 };
                 self.network
                     .forward(x, t, labels.as_ref(), Mode::Eval)
@@ -412,7 +319,7 @@ impl ImageModel {
                     .expected(format!("one for each of {} images", request.count))
                     .config())
             }
-            Some(_) if self.classes.is_empty() => Err(Report::new("class", "given")
+            Some(_) if self.classes().is_empty() => Err(Report::new("class", "given")
                 .expected("no class: this model is unconditional")
                 .remedy("leave the class out, or train on labelled images")
                 .config()),

@@ -28,12 +28,21 @@ struct Args {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// A label for each image, as 3,0,10, for a network with classes.
+    #[arg(long, value_delimiter = ',')]
+    labels: Option<Vec<u32>>,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     let saved = SavedUNet::open(&args.model)?;
-    let tensors = outputs(&saved, args.steps, args.batch, args.seed)?;
+    let tensors = outputs(
+        &saved,
+        args.steps,
+        args.batch,
+        args.seed,
+        args.labels.as_deref(),
+    )?;
     write_safetensors_atomic(&args.out, &tensors, &BTreeMap::new())?;
     println!("{} tensors in {}", tensors.len(), args.out.display());
     Ok(())

@@ -23,14 +23,15 @@ const KNOWN: &[&str] = &[
     "return_dict",
 ];
 
-/// A pipeline of a `UNet2DModel` and a scheduler that starts from plain noise.
+/// A pipeline of a `UNet2DModel` and a scheduler that starts from plain noise; a network with
+/// classes is given the stored `labels`.
 ///
 /// # Errors
 /// `Unsupported` for other pipelines and arguments, and anything that goes wrong.
 pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let saved = SavedUNet::open(&fixture.path)?;
-    if !["DDPMPipeline", "DDIMPipeline"].contains(&saved.folder.class.as_str()) {
-        return Err(unsupported(format!("the pipeline {}", saved.folder.class)));
+    if !["DDPMPipeline", "DDIMPipeline"].contains(&saved.pipeline.as_str()) {
+        return Err(unsupported(format!("the pipeline {}", saved.pipeline)));
     }
     let empty = Map::new();
     let args = fixture
@@ -41,7 +42,7 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     if let Some(other) = args.keys().find(|key| !KNOWN.contains(&key.as_str())) {
         return Err(unsupported(format!("the argument {other}")));
     }
-    let default_steps = if saved.folder.class == "DDPMPipeline" {
+    let default_steps = if saved.pipeline == "DDPMPipeline" {
         1000
     } else {
         50
@@ -61,8 +62,9 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let mut noises = fixture.numbered("noise").into_iter();
     let x = noises.next().context("no tensor `noise.0`")?;
     let outputs = RefCell::new(Vec::new());
+    let labels = fixture.inputs.get("labels");
     let denoiser = plan.network(DType::F32, |x, t| {
-        let said = saved.predict(x, t)?;
+        let said = saved.predict(x, t, labels)?;
         outputs.borrow_mut().push(said.clone());
         Ok(said)
     });

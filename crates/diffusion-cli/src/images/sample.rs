@@ -19,7 +19,11 @@ pub const EXAMPLES: &str = "Samplers: ddpm, ddpm-large, ddim, ddim-eta1, euler, 
 Examples:
   diffusion images sample --model digits-model -n 64 --out grid.png
   diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
-  diffusion images sample --model digits-model -n 30 --class all --sampler ddim --steps 50 --out all.png";
+  diffusion images sample --model digits-model -n 30 --class all --sampler ddim --steps 50 --out all.png
+
+Guidance, and samples without a class, need a label that stands for no class. Models that were
+trained here have one; for a model of others write {\"null_class\": K} to MODEL/classes.json if
+label K was withheld in training.";
 
 /// Options of `diffusion images sample`.
 #[derive(Args)]
@@ -40,7 +44,7 @@ pub struct Sample {
     /// sampler's usual one when absent.
     #[arg(long)]
     grid: Option<String>,
-    /// Class name or index, or `all` for one after the other.
+    /// Class name or index, or `all` for one after the other; the withheld label when absent.
     #[arg(long)]
     class: Option<String>,
     /// Classifier-free guidance: 0 ignores the class, 1 is conditional, more is sharper.
@@ -88,29 +92,17 @@ fn grid(args: &Sample) -> Result<Grid> {
     })
 }
 
-fn labels(args: &Sample, classes: &[String]) -> Result<Option<Vec<u32>>> {
+fn labels(args: &Sample, model: &ImageModel) -> Result<Option<Vec<u32>>> {
     let Some(class) = &args.class else {
         return Ok(None);
     };
-    if classes.is_empty() {
-        return Err(Report::new("--class", class)
+    match model.classes().len() {
+        0 => Err(Report::new("--class", class)
             .expected("no class: this model is unconditional")
             .config()
-            .into());
-    }
-    if class == "all" {
-        return Ok(Some(
-            (0..args.n).map(|i| (i % classes.len()) as u32).collect(),
-        ));
-    }
-    let by_name = classes.iter().position(|name| name == class);
-    let by_index = class.parse::<usize>().ok().filter(|k| *k < classes.len());
-    match by_name.or(by_index) {
-        Some(k) => Ok(Some(vec![k as u32; args.n])),
-        None => Err(Report::new("--class", class)
-            .expected(format!("all, or one of {}", classes.join(", ")))
-            .config()
             .into()),
+        n if class == "all" => Ok(Some((0..args.n).map(|i| (i % n) as u32).collect())),
+        _ => Ok(Some(vec![model.labels().find(class)?; args.n])),
     }
 }
 
@@ -131,7 +123,7 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
         sampler,
         grid,
         steps: args.steps,
-        labels: labels(args, model.classes())?,
+        labels: labels(args, &model)?,
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
         batch: args.batch,

@@ -51,12 +51,12 @@ impl Archive {
         let n = file.read(&mut magic).map_err(io)?;
         if n < 4 || word(&magic, 0) != Some(LOCAL) {
             let found = match magic {
-                [0x80, 2, 0x8a, 0x0a] => "the format of PyTorch before 1.6",
+                [0x80, ..] => "a pickle that torch.save did not write",
                 [b'<', ..] => "a web page or another text",
                 _ => "no zip archive",
             };
             return Err(Report::file(path, found)
-                .expected("a file that torch.save of PyTorch 1.6 or later wrote")
+                .expected("a file that torch.save wrote")
                 .remedy("download it again, or save it again with a present PyTorch")
                 .input());
         }

@@ -1,4 +1,5 @@
-//! State dicts that PyTorch pickled (`.bin`, `.pth`), without running anything that is in them.
+//! State dicts that PyTorch pickled (`.bin`, `.pth`), without running anything that is in them: zip
+//! archives ([`super::archive`]), and the form before version 1.6 ([`super::legacy`]).
 //!
 //! A pickle is a program for a stack machine that may call any function. This reader knows the
 //! instructions that build a dictionary of tensors and nothing else: a call outside a short list of
@@ -11,6 +12,7 @@ use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 
 use super::archive::Archive;
+use super::legacy::Legacy;
 use super::unpickle::{Flaw, View, state_dict};
 use crate::error::{Error, Report, Result};
 use crate::limits::Limits;
@@ -18,40 +20,16 @@ use crate::limits::Limits;
 /// The tensors of a state dict; one that lies under the key `state_dict` is found too.
 ///
 /// # Errors
-/// `Input` when the file is no archive of PyTorch, is damaged, or holds something else than tensors
+/// `Input` when torch.save did not write the file, it is damaged, or holds something else than tensors
 /// by name; `Unsupported` for element types other than float, double, half, bfloat16, long, int,
 /// byte and bool; `Limit` above `limits`; `Io` when it cannot be read.
 pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>> {
-    let mut archive = Archive::open(path, limits)?;
-    let program = archive
-        .names()
-        .find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
-    let Some(program) = program.map(str::to_string) else {
-        return Err(wrong(path, "an archive without data.pkl"));
-    };
-    let prefix = program.trim_end_matches("data.pkl").to_string();
-    let order = format!("{prefix}byteorder");
-    if archive.names().any(|name| name == order)
-        && archive.read(&order, 16, "json_bytes")? != b"little"
-    {
-        return Err(Report::file(path, "big-endian data")
-            .expected("little-endian data")
-            .remedy("save the file again on a little-endian machine")
-            .unsupported());
-    }
-    let bytes = archive.read(&program, limits.json_bytes, "json_bytes")?;
-    let mut entries: Vec<(String, View)> = state_dict(&bytes, limits)
-        .map_err(|flaw| match flaw {
-            Flaw::Wrong(what) => wrong(path, what),
-            Flaw::TooMany(what, limit, field) => too_many(path, what, limit, field),
-        })?
-        .into_iter()
-        .collect();
-    drop(bytes);
+    let (mut source, entries) = Source::open(path, limits)?;
+    let mut entries: Vec<(String, View)> = entries.into_iter().collect();
     // Each storage is read once, whatever the names of the tensors in it.
     entries.sort_by(|a, b| (&a.1, &a.0).cmp(&(&b.1, &b.0)));
     // Views may overlap, but never be worth more than the whole file and a little.
-    let mut left = archive.len().saturating_add(SPARE);
+    let mut left = source.len().saturating_add(SPARE);
     let mut out = BTreeMap::new();
     let mut storage: Option<(String, Vec<u8>)> = None;
     let mut last: Option<(View, Tensor)> = None;
@@ -63,17 +41,77 @@ pub fn read_pickle(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tens
             out.insert(name, tensor.clone());
             continue;
         }
-        let key = format!("{prefix}data/{}", view.key);
         let bytes = match storage.take() {
-            Some((held, bytes)) if held == key => bytes,
-            _ => archive.read(&key, limits.file_bytes, "file_bytes")?,
+            Some((held, bytes)) if held == view.key => bytes,
+            _ => source.read(&view.key, limits)?,
         };
         let tensor = tensor(path, &name, &view, &bytes, &mut left)?;
-        storage = Some((key, bytes));
+        storage = Some((view.key.clone(), bytes));
         out.insert(name, tensor.clone());
         last = Some((view, tensor));
     }
     Ok(out)
+}
+
+/// Where the numbers are.
+enum Source {
+    /// An archive, and what its members' names begin with.
+    Archive(Archive, String),
+    Legacy(Legacy),
+}
+
+impl Source {
+    /// Opens a file of either form, with the named tensors that its pickle speaks of.
+    fn open(path: &Path, limits: &Limits) -> Result<(Self, BTreeMap<String, View>)> {
+        let flaw = |flaw| match flaw {
+            Flaw::Wrong(what) => wrong(path, what),
+            Flaw::TooMany(what, limit, field) => too_many(path, what, limit, field),
+        };
+        if Legacy::is_one(path)? {
+            let (legacy, views) = Legacy::open(path, limits)?.map_err(flaw)?;
+            return Ok((Self::Legacy(legacy), views));
+        }
+        let mut archive = Archive::open(path, limits)?;
+        let program = archive
+            .names()
+            .find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
+        let Some(program) = program.map(str::to_string) else {
+            return Err(wrong(path, "an archive without data.pkl"));
+        };
+        let prefix = program.trim_end_matches("data.pkl").to_string();
+        let order = format!("{prefix}byteorder");
+        if archive.names().any(|name| name == order)
+            && archive.read(&order, 16, "json_bytes")? != b"little"
+        {
+            return Err(Report::file(path, "big-endian data")
+                .expected("little-endian data")
+                .remedy("save the file again on a little-endian machine")
+                .unsupported());
+        }
+        let bytes = archive.read(&program, limits.json_bytes, "json_bytes")?;
+        let views = state_dict(&bytes, limits).map_err(flaw)?;
+        Ok((Self::Archive(archive, prefix), views))
+    }
+
+    /// The bytes of the file.
+    fn len(&self) -> u64 {
+        match self {
+            Self::Archive(archive, _) => archive.len(),
+            Self::Legacy(legacy) => legacy.len(),
+        }
+    }
+
+    /// The bytes of a storage.
+    fn read(&mut self, key: &str, limits: &Limits) -> Result<Vec<u8>> {
+        match self {
+            Self::Archive(archive, prefix) => archive.read(
+                &format!("{prefix}data/{key}"),
+                limits.file_bytes,
+                "file_bytes",
+            ),
+            Self::Legacy(legacy) => legacy.read(key),
+        }
+    }
 }
 
 /// By how much overlapping views may exceed the length of the file.
@@ -178,6 +216,7 @@ fn wrong(path: &Path, what: impl std::fmt::Display) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::legacy::MAGIC;
     use super::*;
     use std::fs;
 
@@ -282,6 +321,49 @@ mod tests {
         assert_eq!(read(&outer).unwrap().len(), 1);
     }
 
+    /// The form before 1.6: two storages, the second of half precision.
+    fn older(order: &[u8], count: u64) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(b"\x80\x02}q\0X\x0d\0\0\0little_endianq\x01");
+        bytes.extend(order);
+        bytes.extend(b"s.");
+        bytes.extend(dict(&[
+            ("b", view("HalfStorage", "94", 1, [1, 2], [2, 1])),
+            ("a", view("FloatStorage", "93", 0, [2, 1], [1, 1])),
+        ]));
+        bytes.extend(b"\x80\x02]q\0(X\x02\0\0\x0093X\x02\0\0\x0094e.");
+        bytes.extend(count.to_le_bytes());
+        bytes.extend([1.5f32, -2.0].map(f32::to_le_bytes).as_flattened());
+        bytes.extend(3u64.to_le_bytes());
+        bytes.extend(
+            [0.0, 0.5, 8.0]
+                .map(|v| f16::from_f32(v).to_le_bytes())
+                .as_flattened(),
+        );
+        bytes
+    }
+
+    #[test]
+    fn the_form_before_1_6_is_read() {
+        let read = read_file(&older(b"\x88", 2)).unwrap();
+        assert_eq!(read["a"].to_vec2::<f32>().unwrap(), [[1.5], [-2.0]]);
+        let b = read["b"].to_dtype(candle_core::DType::F32).unwrap();
+        assert_eq!(b.to_vec2::<f32>().unwrap(), [[0.5, 8.0]]);
+        let message = |bytes: &[u8]| read_file(bytes).unwrap_err().to_string();
+        assert!(message(&older(b"\x89", 2)).contains("big-endian"));
+        assert!(message(&older(b"\x88", u64::MAX)).contains("beyond its end"));
+        let whole = older(b"\x88", 2);
+        for end in 0..whole.len() {
+            assert!(read_file(&whole[..end]).is_err(), "cut at {end}");
+        }
+        for at in MAGIC.len()..whole.len() {
+            let mut spoilt = whole.clone();
+            spoilt[at] ^= 0x55;
+            // Nothing to assert about the value: it must come back, not panic or hang.
+            let _ = read_file(&spoilt);
+        }
+    }
+
     #[test]
     fn nothing_is_called_and_nothing_outside_is_read() {
         let call = b"cos\nsystem\n(X\x02\0\0\0lstR".to_vec();
@@ -331,7 +413,6 @@ mod tests {
     fn what_is_no_archive_is_told_apart() {
         let message = |bytes: &[u8]| read_file(bytes).unwrap_err().to_string();
         assert!(message(b"<html>").contains("web page"));
-        assert!(message(b"\x80\x02\x8a\x0a").contains("before 1.6"));
         assert!(message(b"").contains("no zip archive"));
         let mut packed = zip(&[("a/data.pkl", b"N.")]);
         let at = packed.windows(4).position(|w| w == b"PK\x01\x02").unwrap();

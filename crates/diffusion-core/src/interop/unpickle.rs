@@ -2,20 +2,62 @@
 
 use std::collections::BTreeMap;
 
+use super::code::Code;
 use crate::limits::Limits;
 
 /// The tensors by name that a program builds, or those under its key `state_dict`; the error says
 /// what is there instead.
 pub fn state_dict(program: &[u8], limits: &Limits) -> Step<BTreeMap<String, View>> {
-    let mut machine = Machine {
-        limits,
-        objects: Vec::new(),
-        stack: Vec::new(),
-        memo: BTreeMap::new(),
-        views: 0,
-    };
-    let root = machine.run(program)?;
+    let mut machine = Machine::new(limits);
+    let root = machine.run(&mut Code::new(program))?;
     machine.state_dict(root)
+}
+
+/// What the pickles at the head of an older file say (see [`super::legacy`]).
+pub struct Programs {
+    /// The tensors by name.
+    pub views: BTreeMap<String, View>,
+    /// The class of each storage by its key.
+    pub classes: BTreeMap<String, String>,
+    /// The keys in the order in which the numbers follow.
+    pub keys: Vec<String>,
+    /// Where the numbers begin.
+    pub end: usize,
+}
+
+/// Runs three programs, one after the other: facts about the machine, the object, the keys.
+pub fn programs(bytes: &[u8], limits: &Limits) -> Step<Programs> {
+    let mut code = Code::new(bytes);
+    let mut machine = Machine::new(limits);
+    let facts = machine.run(&mut code)?;
+    if !machine.says_little_endian(facts) {
+        return Err("numbers of a big-endian machine".into());
+    }
+    let mut machine = Machine::new(limits);
+    let root = machine.run(&mut code)?;
+    let views = machine.state_dict(root)?;
+    let mut classes = BTreeMap::new();
+    for object in &machine.objects {
+        if let Object::Storage(storage) = object {
+            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            classes.insert(text(storage.1), text(storage.0));
+        }
+    }
+    let mut machine = Machine::new(limits);
+    let root = machine.run(&mut code)?;
+    let keys = machine
+        .items(root)?
+        .iter()
+        .map(|key| match machine.at(*key) {
+            Object::Text(key) => Ok(String::from_utf8_lossy(key).into_owned()),
+            _ => Err(Flaw::from("a key of a storage that is no text")),
+        });
+    Ok(Programs {
+        views,
+        classes,
+        keys: keys.collect::<Step<_>>()?,
+        end: code.at(),
+    })
 }
 
 /// What is wrong with a program.
@@ -121,18 +163,24 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// Runs a program and gives the place of its result.
-    fn run(&mut self, program: &'a [u8]) -> Step<u32> {
-        let mut code = Code {
-            bytes: program,
-            at: 0,
-        };
+    fn new(limits: &'a Limits) -> Self {
+        Self {
+            limits,
+            objects: Vec::new(),
+            stack: Vec::new(),
+            memo: BTreeMap::new(),
+            views: 0,
+        }
+    }
+
+    /// Runs a program to its end and gives the place of its result.
+    fn run(&mut self, code: &mut Code<'a>) -> Step<u32> {
         for _ in 0..self.limits.pickle_ops {
             let op = code.byte()?;
             if op == b'.' {
                 return self.pop();
             }
-            self.step(op, &mut code)?;
+            self.step(op, code)?;
         }
         Err(Flaw::TooMany(
             "instructions of its pickle",
@@ -221,7 +269,9 @@ impl<'a> Machine<'a> {
             }
             // Attributes of the object below, such as the metadata of a state dict.
             b'b' => drop(self.pop()?),
-            other => return Err(format!("the instruction {other:#04x} at {}", code.at - 1).into()),
+            other => {
+                return Err(format!("the instruction {other:#04x} at {}", code.at() - 1).into());
+            }
         }
         Ok(())
     }
@@ -292,9 +342,27 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// `("storage", class, key, device, length)`.
+    /// Whether a dictionary says so.
+    fn says_little_endian(&self, facts: u32) -> bool {
+        let Object::Dict(entries) = self.at(facts) else {
+            return false;
+        };
+        entries.iter().any(|(key, value)| {
+            *self.at(*key) == Object::Text(b"little_endian") && *self.at(*value) == Object::Int(1)
+        })
+    }
+
+    /// `("storage", class, key, device, length)`, in older files with a view of another storage,
+    /// which is never used, at the end.
     fn storage(&self, id: u32) -> Step<Object<'a>> {
-        if let [_, class, key, ..] = self.items(id)?
+        let items = self.items(id)?;
+        if items
+            .get(5)
+            .is_some_and(|view| *self.at(*view) != Object::None)
+        {
+            return Err("a storage that is a part of another one".into());
+        }
+        if let [_, class, key, ..] = items
             && let Object::Class(class) = self.at(*class)
             && let Object::Text(key) = self.at(*key)
             && class.len().max(key.len()) <= NAME
@@ -405,60 +473,4 @@ fn shown(name: &[u8]) -> String {
     let cut = &name[..name.len().min(NAME)];
     let dots = if cut.len() < name.len() { "…" } else { "" };
     format!("{}{dots}", String::from_utf8_lossy(cut))
-}
-
-/// The bytes of a program, and where it stands.
-struct Code<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Code<'a> {
-    fn take(&mut self, n: usize) -> Step<&'a [u8]> {
-        let end = self
-            .at
-            .checked_add(n)
-            .filter(|end| *end <= self.bytes.len());
-        let end = end.ok_or("a program that breaks off")?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn byte(&mut self) -> Step<u8> {
-        Ok(self.take(1)?[0])
-    }
-
-    /// An unsigned number of up to four bytes.
-    fn number(&mut self, width: usize) -> Step<i64> {
-        Ok(self
-            .take(width)?
-            .iter()
-            .rev()
-            .fold(0, |n, b| n << 8 | i64::from(*b)))
-    }
-
-    /// A signed number of up to eight bytes.
-    fn long(&mut self, width: usize) -> Step<i64> {
-        let bytes = self.take(width)?;
-        if width > 8 {
-            return Err("a number of more than 64 bits".into());
-        }
-        let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
-        let start = if negative { -1 } else { 0 };
-        Ok(bytes
-            .iter()
-            .rev()
-            .fold(start, |n, b| n << 8 | i64::from(*b)))
-    }
-
-    fn line(&mut self) -> Step<&'a [u8]> {
-        let rest = &self.bytes[self.at..];
-        let end = rest
-            .iter()
-            .position(|b| *b == b'\n')
-            .ok_or("a program that breaks off")?;
-        let line = self.take(end + 1)?;
-        Ok(&line[..end])
-    }
 }

@@ -7,9 +7,12 @@
 //! | 3 | `S.fp16.safetensors` | half precision |
 //! | 4 | `S.safetensors.index.fp16.json` | half precision in several files |
 //! | 5 | `S.bin` | a pickled state dict ([`super::pickle`]) |
+//! | 6 | `S.bin.index.json` | the names of the tensors of several pickles |
+//! | 7 | `S.fp16.bin` | a pickled state dict in half precision |
+//! | 8 | `S.bin.index.fp16.json` | half precision in several pickles |
 //!
-//! Where several exist the first wins: full precision before half, and formats that can only hold
-//! tensors before pickles.
+//! Where several exist the first wins: formats that can only hold tensors before pickles, and in each
+//! full precision before half.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -39,12 +42,15 @@ pub fn load_weights(
     limits: &Limits,
 ) -> Result<BTreeMap<String, Tensor>> {
     let file = |ending: &str| -> PathBuf { folder.join(format!("{stem}{ending}")) };
-    let endings: [(&str, Reader); 5] = [
+    let endings: [(&str, Reader); 8] = [
         (".safetensors", read_safetensors),
         (".safetensors.index.json", read_sharded),
         (".fp16.safetensors", read_safetensors),
         (".safetensors.index.fp16.json", read_sharded),
         (".bin", read_pickle),
+        (".bin.index.json", read_sharded),
+        (".fp16.bin", read_pickle),
+        (".bin.index.fp16.json", read_sharded),
     ];
     for (ending, read) in endings {
         let path = file(ending);
@@ -129,7 +135,11 @@ fn read_sharded(path: &Path, limits: &Limits) -> Result<BTreeMap<String, Tensor>
                 .remedy("check that the download of the model is complete")
                 .input());
         }
-        for (name, tensor) in read_safetensors(&file, limits)? {
+        let read: Reader = match shard.ends_with(".bin") {
+            true => read_pickle,
+            false => read_safetensors,
+        };
+        for (name, tensor) in read(&file, limits)? {
             match index.weight_map.get(&name) {
                 Some(place) if place == shard => {
                     out.insert(name, tensor);
@@ -175,12 +185,14 @@ fn check_shard_name(index: &Path, name: &str) -> Result<()> {
     let plain = !name.is_empty()
         && !name.contains(['/', '\\', '\0', ':'])
         && !name.contains("..")
-        && name.ends_with(".safetensors");
+        && (name.ends_with(".safetensors") || name.ends_with(".bin"));
     if plain {
         return Ok(());
     }
     Err(Report::file(index, format!("the shard name {name:?}"))
-        .expected("a plain file name that ends in .safetensors, without folders and without `..`")
+        .expected(
+            "a plain file name that ends in .safetensors or .bin, without folders and without `..`",
+        )
         .remedy("do not use this file: its author is either careless or hostile")
         .input())
 }
@@ -291,7 +303,7 @@ mod tests {
             "../x.safetensors",
             absolute.to_str().unwrap(),
             "",
-            "x.bin",
+            "x.pkl",
             "s/x.safetensors",
         ] {
             index(&inner, &[("a", name)]);

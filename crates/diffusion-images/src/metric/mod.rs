@@ -5,6 +5,7 @@ pub mod classifier;
 pub mod evaluate;
 pub mod features;
 pub mod frechet;
+pub mod inception;
 pub mod interval;
 pub mod kernel;
 pub mod manifold;

@@ -13,6 +13,26 @@ pub const CLASSES: [&str; 6] = [
     "EDMEulerScheduler",
 ];
 
+/// Classes whose table of betas is read, so that a model trained on it can be sampled in other ways,
+/// but whose own runs cannot be planned.
+pub const TABLES: [&str; 15] = [
+    "DDPMParallelScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "RePaintScheduler",
+];
+
 /// A scheduler configuration under the library's names. Fields that a class does not have are
 /// simply not read by it; what was left out of the file takes the class's default.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,12 +139,17 @@ impl Config {
         Ok(config)
     }
 
+    /// What decides the table and what the network says.
     fn check(&self, at: &str) -> Result<()> {
         let class = self.class.as_str();
-        if !CLASSES.contains(&class) {
+        if !CLASSES.contains(&class) && !TABLES.contains(&class) {
             return Err(
                 Report::new(format!("{at}: _class_name"), format!("{class:?}"))
-                    .expected(format!("one of {}", CLASSES.join(", ")))
+                    .expected(format!(
+                        "one of {}, {}",
+                        CLASSES.join(", "),
+                        TABLES.join(", ")
+                    ))
                     .unsupported(),
             );
         }
@@ -136,22 +161,8 @@ impl Config {
             .expected("1 to 1000000")
             .config());
         }
-        let one_of = |field: &str, value: &str, known: &[&str], open: &[&str]| {
-            if known.contains(&value) {
-                Ok(())
-            } else if open.contains(&value) {
-                Err(Report::new(format!("{at}: {field}"), value)
-                    .expected(format!("one of {}", known.join(", ")))
-                    .remedy("this version does not have it yet")
-                    .unsupported())
-            } else {
-                Err(Report::new(format!("{at}: {field}"), value)
-                    .expected(format!("one of {}", known.join(", ")))
-                    .config())
-            }
-        };
         one_of(
-            "beta_schedule",
+            &format!("{at}: beta_schedule"),
             &self.beta_schedule,
             &["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
             &["exp", "laplace"],
@@ -161,11 +172,23 @@ impl Config {
             _ => &["epsilon", "sample", "original_sample", "v_prediction"],
         };
         one_of(
-            "prediction_type",
+            &format!("{at}: prediction_type"),
             &self.prediction_type,
             kinds,
             &["flow_prediction"],
-        )?;
+        )
+    }
+
+    /// What decides the runs of the class itself.
+    ///
+    /// # Errors
+    /// `Unsupported` for what this version does not run, `Config` for what no version does.
+    pub(super) fn check_run(&self, at: &str) -> Result<()> {
+        let class = self.class.as_str();
+        let one_of = |field: &str, value: &str, known: &[&str], open: &[&str]| {
+            one_of(&format!("{at}: {field}"), value, known, open)
+        };
+        one_of("_class_name", class, &CLASSES, &TABLES)?;
         one_of(
             "timestep_spacing",
             self.spacing(),
@@ -266,6 +289,20 @@ impl Config {
             (None, _) => "linspace",
         }
     }
+}
+
+/// Refuses a value that is neither `known` nor `open`, which means known but not done yet.
+fn one_of(at: &str, value: &str, known: &[&str], open: &[&str]) -> Result<()> {
+    if known.contains(&value) {
+        return Ok(());
+    }
+    let report = Report::new(at, value).expected(format!("one of {}", known.join(", ")));
+    Err(match open.contains(&value) {
+        true => report
+            .remedy("this version does not have it yet")
+            .unsupported(),
+        false => report.config(),
+    })
 }
 
 /// JSON has no infinity, but files written by Python do: the bare words become strings.

@@ -101,7 +101,8 @@ impl Scheduler {
     ///
     /// # Errors
     /// `Input` for malformed JSON, `Config` for impossible values, `Unsupported` for classes and
-    /// options that this version does not have.
+    /// tables that this version does not have. What the class's own runs need is checked by
+    /// [`Scheduler::plan`]: a table is enough to sample in other ways.
     pub fn from_json(text: &str, at: &str) -> Result<Self> {
         let config = Config::from_json(text, at)?;
         let table = match config.class.as_str() {
@@ -137,6 +138,7 @@ impl Scheduler {
     /// `Config` when the number of steps or the timesteps are impossible, `Unsupported` for
     /// options that this version does not have.
     pub fn plan(&self, request: &Request) -> Result<Plan> {
+        self.config.check_run("scheduler")?;
         match (self.config.class.as_str(), &self.table) {
             ("DDPMScheduler", Some(table)) => grids::ddpm(&self.config, table, request),
             ("DDIMScheduler", Some(table)) => grids::ddim(&self.config, table, request),
@@ -213,6 +215,30 @@ mod tests {
         let plan = plan(text, 10).unwrap();
         assert_eq!(plan.timesteps.len(), 10);
         assert_eq!(plan.timesteps[0], 999.0);
+    }
+
+    #[test]
+    fn a_class_that_is_not_run_still_has_a_table() {
+        let read = |class: &str| {
+            let text = format!(r#"{{"_class_name": "{class}", "algorithm_type": "deis"}}"#);
+            Scheduler::from_json(&text, "scheduler_config.json").unwrap()
+        };
+        let betas = |class: &str| read(class).table().unwrap().betas().to_vec();
+        for class in config::TABLES {
+            let like = match class {
+                "KDPM2DiscreteScheduler"
+                | "KDPM2AncestralDiscreteScheduler"
+                | "DPMSolverSDEScheduler" => "HeunDiscreteScheduler",
+                _ => "DDPMScheduler",
+            };
+            assert_eq!(betas(class), betas(like), "{class}");
+            let error = read(class).plan(&Request::steps(5)).err().unwrap();
+            assert!(matches!(error, crate::Error::Unsupported(_)), "{error}");
+            assert!(error.to_string().contains(class), "{error}");
+        }
+        // Nor has an option that is not run any bearing on the table.
+        let error = read("DPMSolverMultistepScheduler").plan(&Request::steps(5));
+        assert!(error.err().unwrap().to_string().contains("deis"));
     }
 
     #[test]

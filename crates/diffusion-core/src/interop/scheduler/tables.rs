@@ -15,11 +15,15 @@ pub const SMALLEST_HALF: f64 = 1.0 / 16_777_216.0;
 /// `Config` for betas outside `[0, 1]`.
 pub fn table(config: &Config, at: &str) -> Result<Table> {
     let steps = config.num_train_timesteps;
-    let heun = config.class == "HeunDiscreteScheduler";
-    let start = config
-        .beta_start
-        .unwrap_or(if heun { 0.00085 } else { 1e-4 });
-    let end = config.beta_end.unwrap_or(if heun { 0.012 } else { 0.02 });
+    let (first, last) = match config.class.as_str() {
+        "HeunDiscreteScheduler"
+        | "KDPM2DiscreteScheduler"
+        | "KDPM2AncestralDiscreteScheduler"
+        | "DPMSolverSDEScheduler" => (0.00085, 0.012),
+        _ => (1e-4, 0.02),
+    };
+    let start = config.beta_start.unwrap_or(first);
+    let end = config.beta_end.unwrap_or(last);
     let betas: Vec<f32> = match (&config.trained_betas, config.beta_schedule.as_str()) {
         (Some(betas), _) => betas.iter().map(|b| *b as f32).collect(),
         (None, "scaled_linear") => linspace(start.sqrt(), end.sqrt(), steps)

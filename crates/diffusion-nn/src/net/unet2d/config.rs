@@ -107,15 +107,29 @@ impl UpBlockType {
     }
 }
 
-/// Stands for the keys that begin with an underscore (`_class_name`, `_diffusers_version`, ...),
-/// which are passed over; other unknown keys are refused by name.
+/// What `EMAModel.save_pretrained` writes among a network's sizes: how the average was made.
+const AVERAGE: [&str; 7] = [
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+];
+
+/// Stands for the keys that say nothing about the network and are passed over: those that begin
+/// with an underscore (`_class_name`, `_diffusers_version`, ...), and those of a moving average
+/// (`decay`, `optimization_step`, ...) that was saved as a model; other unknown keys are refused by
+/// name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Annotations;
 
 impl<'de> Deserialize<'de> for Annotations {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let rest = BTreeMap::<String, IgnoredAny>::deserialize(deserializer)?;
-        match rest.keys().find(|key| !key.starts_with('_')) {
+        let known = |key: &str| key.starts_with('_') || AVERAGE.contains(&key);
+        match rest.keys().find(|key| !known(key)) {
             Some(key) => Err(D::Error::custom(format!(
                 "unknown field `{key}` in the configuration of a UNet2DModel; remove it"
             ))),
@@ -184,7 +198,7 @@ pub struct UNet2DConfig {
     pub num_class_embeds: Option<usize>,
     /// Number of times of the table, where the time is embedded by a table.
     pub num_train_timesteps: Option<usize>,
-    /// Keys that begin with an underscore.
+    /// Keys that say nothing about the network.
     #[serde(flatten, skip_serializing)]
     pub annotations: Annotations,
 }
