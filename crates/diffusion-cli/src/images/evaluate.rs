@@ -6,12 +6,13 @@ use crate::{Global, device, interrupt};
 use anyhow::Result;
 use clap::Args;
 use diffusion_core::Report;
-use diffusion_core::grid::Grid;
 use diffusion_core::guide::Clip;
+use diffusion_core::limits::Limits;
 use diffusion_core::sample::SamplerConfig;
 use diffusion_core::train::Cancel;
 use diffusion_images::data::Dataset;
-use diffusion_images::metric::{Classifier, ClassifierConfig, Evaluation, Judge};
+use diffusion_images::metric::inception::Inception;
+use diffusion_images::metric::{Classifier, ClassifierConfig, Evaluation, Judge, View};
 use diffusion_images::model::{ImageModel, SampleRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,10 +20,13 @@ use std::process::ExitCode;
 pub const EXAMPLES: &str = "Example:
   diffusion images evaluate --model digits-model --guidance 2
 
-A classifier is trained on the training images of --data, which must have classes; its features
-carry the distances. Samples are compared with the held-out images. Below them stands what real
-images score, one half of the held-out ones against the other; a Fréchet distance from fewer images
-is larger by itself.";
+A classifier is trained on the training images; its features carry the distances. Images without
+classes are turned by quarters for it, and it learns to tell the turns. Samples are compared with
+the held-out images. Below them stands what real images score, one half of the held-out ones against
+the other; a Fréchet distance from fewer images is larger by itself.
+
+With --inception FILE the features are those of FID: FILE is pt_inception-2015-12-05-6726825d.pth
+(pytorch-fid's), which is not part of this program.";
 
 /// Options of `diffusion images evaluate`.
 #[derive(Args)]
@@ -47,6 +51,9 @@ pub struct Evaluate {
     /// Images computed at a time.
     #[arg(long, default_value_t = 64)]
     batch: usize,
+    /// Weights of the Inception network of FID, whose features then carry the distances.
+    #[arg(long, value_name = "FILE")]
+    inception: Option<PathBuf>,
 }
 
 pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
@@ -75,7 +82,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     let request = SampleRequest {
         count,
         sampler: SamplerConfig::named(&args.sampler)?,
-        grid: Grid::Trailing,
+        grid: super::usual_grid(&args.sampler, &model)?,
         steps: args.steps,
         labels: labels.clone(),
         guidance: args.guidance,
@@ -85,14 +92,26 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     };
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
+    let inception = match &args.inception {
+        Some(file) => Some(Inception::open(file, &Limits::default())?),
+        None => None,
+    };
     let classifier = Classifier::train(train, &ClassifierConfig::fitted(train))?;
+    let view = match &inception {
+        Some(network) => View::Inception(network),
+        None => View::Classifier(&classifier),
+    };
     let batches = count.div_ceil(args.batch.max(1));
     let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
     let images = model.sample(&request, &mut progress)?;
     progress.done();
-    let judge = Judge::new(&classifier, train, test)?;
+    let judge = Judge::with_view(view, &classifier, train, test)?;
     let samples = judge.evaluate(&images, labels.as_deref(), seed)?;
-    report(&samples, &floor(&classifier, train, test, seed)?, global)?;
+    report(
+        &samples,
+        &floor(view, &classifier, train, test, seed)?,
+        global,
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -115,6 +134,7 @@ fn classes(model: &ImageModel, test: &Dataset, count: usize) -> Result<Option<Ve
 
 /// What real images score: one half of the held-out ones judged by the other.
 fn floor(
+    view: View<'_>,
     classifier: &Classifier,
     train: &Dataset,
     test: &Dataset,
@@ -122,7 +142,7 @@ fn floor(
 ) -> Result<Evaluation> {
     let (even, odd) = test.halves()?;
     let (images, _) = odd.all(&candle_core::Device::Cpu)?;
-    Ok(Judge::new(classifier, train, &even)?.evaluate(&images, odd.labels(), seed)?)
+    Ok(Judge::with_view(view, classifier, train, &even)?.evaluate(&images, odd.labels(), seed)?)
 }
 
 fn report(samples: &Evaluation, floor: &Evaluation, global: &Global) -> Result<()> {

@@ -8,6 +8,8 @@ mod train;
 use crate::Global;
 use anyhow::Result;
 use clap::Subcommand;
+use diffusion_core::grid::Grid;
+use diffusion_images::model::ImageModel;
 use std::process::ExitCode;
 
 /// What can be done with images.
@@ -31,4 +33,12 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Sample(command) => sample::run(&command, global),
         Command::Evaluate(command) => evaluate::run(&command, global),
     }
+}
+
+/// The grid that a sampler is usually run on.
+pub fn usual_grid(sampler: &str, model: &ImageModel) -> Result<Grid> {
+    Ok(match sampler {
+        "heun" | "edm" => Grid::edm(&model.table()?),
+        _ => Grid::Trailing,
+    })
 }

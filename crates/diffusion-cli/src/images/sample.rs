@@ -40,8 +40,8 @@ pub struct Sample {
     /// Number of steps.
     #[arg(long, default_value_t = 20)]
     steps: usize,
-    /// Where the steps are: leading, trailing, linspace, karras, exponential or log-snr; the
-    /// sampler's usual one when absent.
+    /// Where the steps are: leading, trailing, linspace, karras, edm (karras from at most 80),
+    /// exponential or log-snr; the sampler's usual one when absent.
     #[arg(long)]
     grid: Option<String>,
     /// Class name or index, or `all` for one after the other; the withheld label when absent.
@@ -68,16 +68,16 @@ fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
-fn grid(args: &Sample) -> Result<Grid> {
-    let name = args.grid.as_deref().unwrap_or(match args.sampler.as_str() {
-        "heun" | "edm" => "karras",
-        _ => "trailing",
-    });
+fn grid(args: &Sample, model: &ImageModel) -> Result<Grid> {
+    let Some(name) = args.grid.as_deref() else {
+        return super::usual_grid(&args.sampler, model);
+    };
     Ok(match name {
         "leading" => Grid::Leading { offset: 0 },
         "trailing" => Grid::Trailing,
         "linspace" => Grid::Linspace,
         "karras" => Grid::karras(),
+        "edm" => Grid::edm(&model.table()?),
         "exponential" => Grid::Exponential {
             sigma_min: None,
             sigma_max: None,
@@ -85,7 +85,7 @@ fn grid(args: &Sample) -> Result<Grid> {
         "log-snr" => Grid::UniformLogSnr,
         other => {
             return Err(Report::new("--grid", other)
-                .expected("leading, trailing, linspace, karras, exponential or log-snr")
+                .expected("leading, trailing, linspace, karras, edm, exponential or log-snr")
                 .config()
                 .into());
         }
@@ -115,13 +115,12 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     }
     let device = device::device(&global.device)?;
     let sampler = SamplerConfig::named(&args.sampler)?;
-    let grid = grid(args)?;
     let model = ImageModel::open(&args.model, &device)?;
     let seed = global.seed.unwrap_or(0);
     let request = SampleRequest {
         count: args.n,
         sampler,
-        grid,
+        grid: grid(args, &model)?,
         steps: args.steps,
         labels: labels(args, &model)?,
         guidance: args.guidance,

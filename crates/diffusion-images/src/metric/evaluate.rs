@@ -3,6 +3,7 @@
 use super::classifier::Classifier;
 use super::features::Features;
 use super::frechet::{Moments, frechet};
+use super::inception::Inception;
 use super::interval::{Figure, bootstrap, share};
 use super::kernel::{KernelDistance, kernel_distance};
 use super::manifold::{Manifold, manifold};
@@ -17,6 +18,28 @@ const ROUNDS: usize = 100;
 /// Subsets of the kernel distance, and the images of each.
 const SUBSETS: (usize, usize) = (50, 200);
 
+/// Features beyond which a Fréchet distance takes seconds, so that it is not resampled.
+const MANY: usize = 256;
+
+/// What images are looked at with.
+#[derive(Clone, Copy)]
+pub enum View<'a> {
+    /// The features of a classifier of the project, divided by their root mean square over the held-out
+    /// images: another classifier's have another scale, and distances would have it too.
+    Classifier(&'a Classifier),
+    /// The 2048 features of an Inception network as they are, so that the Fréchet distance is FID.
+    Inception(&'a Inception),
+}
+
+impl View<'_> {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        match self {
+            View::Classifier(network) => network.features(images),
+            View::Inception(network) => network.features(images),
+        }
+    }
+}
+
 /// What is known about a set of samples. Every figure but the memorisation compares with images that
 /// neither the model nor the classifier has seen.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -25,11 +48,12 @@ pub struct Evaluation {
     pub samples: usize,
     /// How many held-out images.
     pub held_out: usize,
-    /// Fréchet distance in the classifier's features.
+    /// Fréchet distance in the features; the interval is not a number (null in JSON) where there are
+    /// too many of them to resample.
     pub frechet: Figure,
-    /// Kernel distance in the classifier's features.
+    /// Kernel distance in the features.
     pub kernel: KernelDistance,
-    /// Precision, recall, density, coverage in the classifier's features.
+    /// Precision, recall, density, coverage in the features.
     pub manifold: Manifold,
     /// The share of samples that the classifier puts into the class that was asked for.
     pub accuracy: Option<Figure>,
@@ -40,8 +64,7 @@ pub struct Evaluation {
 /// What samples are compared with: features of held-out images are computed once.
 pub struct Judge<'a> {
     classifier: &'a Classifier,
-    /// Features are divided by their root mean square over the held-out images: another classifier's
-    /// have another scale, and distances would have it too.
+    view: View<'a>,
     scale: f64,
     held_out: Features,
     moments: Moments,
@@ -54,13 +77,32 @@ impl<'a> Judge<'a> {
     /// # Errors
     /// Images of another shape than the classifier's; fewer than two held-out images.
     pub fn new(classifier: &'a Classifier, train: &'a Dataset, held_out: &Dataset) -> Result<Self> {
+        Self::with_view(View::Classifier(classifier), classifier, train, held_out)
+    }
+
+    /// A judge whose distances are those of a view; the classifier says of which class samples are.
+    ///
+    /// # Errors
+    /// Those of [`Judge::new`].
+    pub fn with_view(
+        view: View<'a>,
+        classifier: &'a Classifier,
+        train: &'a Dataset,
+        held_out: &Dataset,
+    ) -> Result<Self> {
         let (images, _) = held_out.all(&Device::Cpu)?;
-        let features = classifier.features(&images)?;
-        let square = features.sqr()?.mean_all()?.to_dtype(DType::F64)?;
-        let scale = square.to_scalar::<f64>()?.sqrt().max(f64::MIN_POSITIVE);
+        let features = view.features(&images)?;
+        let scale = match view {
+            View::Classifier(_) => {
+                let square = features.sqr()?.mean_all()?.to_dtype(DType::F64)?;
+                square.to_scalar::<f64>()?.sqrt().max(f64::MIN_POSITIVE)
+            }
+            View::Inception(_) => 1.0,
+        };
         let held_out = Features::from_tensor(&(features / scale)?)?;
         Ok(Self {
             classifier,
+            view,
             scale,
             moments: Moments::of(&held_out)?,
             held_out,
@@ -86,7 +128,7 @@ impl<'a> Judge<'a> {
         labels: Option<&[u32]>,
         seed: u64,
     ) -> Result<Evaluation> {
-        let features = (self.classifier.features(samples)? / self.scale)?;
+        let features = (self.view.features(samples)? / self.scale)?;
         let features = Features::from_tensor(&features)?;
         let manifold = manifold(&self.held_out, &features)?;
         let distance =
@@ -104,7 +146,16 @@ impl<'a> Judge<'a> {
         Ok(Evaluation {
             samples: features.len(),
             held_out: self.held_out.len(),
-            frechet: bootstrap(features.len(), ROUNDS, seed, distance)?,
+            frechet: if features.size() <= MANY {
+                bootstrap(features.len(), ROUNDS, seed, distance)?
+            } else {
+                let value = frechet(&Moments::of(&features)?, &self.moments)?;
+                Figure {
+                    value,
+                    low: f64::NAN,
+                    high: f64::NAN,
+                }
+            },
             kernel: kernel_distance(&self.held_out, &features, subsets, size, seed)?,
             manifold,
             accuracy,
@@ -115,7 +166,10 @@ impl<'a> Judge<'a> {
 
 impl fmt::Display for Evaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let figure = |f: &Figure| format!("{:.3}  [{:.3}, {:.3}]", f.value, f.low, f.high);
+        let figure = |f: &Figure| match f.low.is_nan() {
+            true => format!("{:.3}", f.value),
+            false => format!("{:.3}  [{:.3}, {:.3}]", f.value, f.low, f.high),
+        };
         let Memorisation {
             ratio,
             samples,

@@ -13,4 +13,4 @@ pub mod memorise;
 mod symmetric;
 
 pub use classifier::{Architecture, Classifier, ClassifierConfig};
-pub use evaluate::{Evaluation, Judge};
+pub use evaluate::{Evaluation, Judge, View};
