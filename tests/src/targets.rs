@@ -190,6 +190,21 @@ pub fn read(format: Format, path: &Path) -> Verdict {
     }
 }
 
+/// Whether a refusal tells a user what to do: it names a file or field, what was expected and a
+/// remedy.
+///
+/// ```text
+/// FILE…: FOUND; expected EXPECTED (REMEDY)
+/// ```
+pub fn helps(message: &str) -> bool {
+    let place = message.split(": ").next().unwrap_or_default();
+    place.contains(['/', '.'])
+        && message.contains("; expected ")
+        && message.contains(" (")
+        && message.ends_with(')')
+        && message.lines().count() == 1
+}
+
 /// What a reader accepted, and what contradicts itself in it.
 type Checked = Result<Option<String>>;
 

@@ -1,9 +1,9 @@
 //! Images from noise: data, training, sampling and metrics.
 //!
 //! ```no_run
+//! use diffusion_images::candle_core::Device;
+//! use diffusion_images::diffusion_core::{self, train::{Cancel, Quiet}};
 //! use diffusion_images::{data, model::ImageModel, preset, run};
-//! use candle_core::Device;
-//! use diffusion_core::train::{Cancel, Quiet};
 //!
 //! # fn main() -> diffusion_core::Result<()> {
 //! let digits = data::splits("digits", &data::Options::default())?.train;
@@ -28,6 +28,10 @@ pub mod preset;
 pub mod run;
 pub mod train;
 pub mod validate;
+
+// What stands in the signatures, so that one dependency is enough.
+pub use candle_core;
+pub use diffusion_core;
 
 /// An error of the network crate as one of the core's.
 pub fn from_nn(error: diffusion_nn::Error) -> diffusion_core::Error {

@@ -35,6 +35,7 @@ const RESERVED: &[(&str, &str)] = &[
     ("polars", "diffusion-timeseries"),
     ("polars-core", "diffusion-timeseries"),
     ("hound", "diffusion-waveform"),
+    ("petgraph", "diffusion-discrete"),
     ("image", "diffusion-images"),
 ];
 
@@ -52,7 +53,7 @@ pub fn check(root: &Path, members: &[Member]) -> Result<Vec<Finding>> {
 }
 
 /// The package names in a tree that was printed without prefixes; the first is the crate itself.
-fn packages(tree: &str) -> Vec<&str> {
+pub fn packages(tree: &str) -> Vec<&str> {
     let mut names: Vec<&str> = tree
         .lines()
         .skip(1)
@@ -61,6 +62,16 @@ fn packages(tree: &str) -> Vec<&str> {
     names.sort_unstable();
     names.dedup();
     names
+}
+
+/// Those of a program's packages for which it would have to use another domain than `domain`.
+pub fn strangers<'a>(domain: &str, packages: &[&'a str]) -> Vec<&'a str> {
+    let reserved = |name: &str| RESERVED.iter().any(|(n, d)| *n == name && *d != domain);
+    let known = |name: &str| ROOMS.iter().any(|(n, room)| *n == name && matches!(room, DOMAIN));
+    let other = |name: &str| known(name) && name != domain;
+    let mut found = packages.to_vec();
+    found.retain(|name| reserved(name) || other(name));
+    found
 }
 
 fn judge(name: &str, manifest: &str, packages: &[&str]) -> Vec<Finding> {

@@ -70,6 +70,8 @@ fn same(expected: &BTreeMap<String, Vec<u8>>, run: &Path) -> Result<()> {
 const SLOW: u64 = 2000;
 /// Threads of the children, but for the one that shows that they don't matter.
 const THREADS: usize = 2;
+/// What is trained, in turn.
+const MODELS: [Model; 2] = [Model::Mlp, Model::Unet];
 /// Kills before a run is let to its end.
 const KILLS_PER_RUN: u64 = 5;
 
@@ -178,43 +180,78 @@ fn one_run(
     Ok(())
 }
 
-fn signals(model: Model, scratch: &Path, expected: &BTreeMap<String, Vec<u8>>) -> Result<()> {
-    for (name, code) in [("TERM", 143), ("INT", 130)] {
-        let run = scratch.join(format!("{}-{name}", model.name()));
-        let mut running = Running::start(model, &run, SLOW, THREADS)?;
-        ensure!(
-            running.wait_for("step 13"),
-            "the child did not reach step 13"
-        );
-        let at = Instant::now();
-        running.signal(name)?;
-        let status = running.process.wait()?;
-        let took = at.elapsed();
-        running.drain();
-        ensure!(
-            status.code() == Some(code),
-            "SIG{name}: {status}; expected exit code {code}"
-        );
-        ensure!(took < Duration::from_secs(2), "SIG{name}: took {took:?}");
-        ensure!(
-            newest(&run) == running.step,
-            "SIG{name}: stopped after step {} and saved step {}",
-            running.step,
-            newest(&run)
-        );
-        let stopped = running.step;
-        let mut resumed = Running::start(model, &run, 0, THREADS)?;
-        ensure!(
-            resumed.wait_for("finished "),
-            "the run did not finish after SIG{name}"
-        );
-        resumed.drain();
-        check_start(&resumed, stopped, stopped, 0)?;
-        same(expected, &run)?;
-        let ms = took.as_millis();
-        println!("SIG{name}: saved step {stopped} and ended with {code} in {ms} ms, bit-exact");
+/// Microseconds of a step and of an operation on files in a run that gets a signal: long enough for
+/// the signal to arrive within one.
+const SIGNAL_SLOW: u64 = 10_000;
+
+/// Sends SIGTERM and SIGINT in turn, at steps that the seed chooses.
+fn signals(args: &Args, scratch: &Path, expected: &[BTreeMap<String, Vec<u8>>; 2]) -> Result<()> {
+    let mut slowest = Duration::ZERO;
+    for number in 0..args.signals {
+        let plan = Key::new(args.seed, stream::TEST).item(u64::MAX - number);
+        let (name, code) = [("TERM", 143), ("INT", 130)][number as usize % 2];
+        let which = usize::from(number % 5 == 4);
+        let model = MODELS[which];
+        let run = scratch.join(format!("signal-{number}"));
+        let at = 1 + plan.below(25);
+        let took = one_signal(model, &run, name, code, at, &expected[which])
+            .with_context(|| format!("signal {number} ({}), SIG{name} at step {at}", model.name()))?;
+        slowest = slowest.max(took);
+        fs::remove_dir_all(&run)?;
     }
+    println!(
+        "signals: {} of {} saved within a step, ended with their code within {} ms and resumed \
+         bit-exact",
+        args.signals,
+        args.signals,
+        slowest.as_millis()
+    );
     Ok(())
+}
+
+/// Signals a run when it reaches a step, checks what it saves, and resumes it to the end.
+fn one_signal(
+    model: Model,
+    run: &Path,
+    name: &str,
+    code: i32,
+    at: u64,
+    expected: &BTreeMap<String, Vec<u8>>,
+) -> Result<Duration> {
+    let mut running = Running::start(model, run, SIGNAL_SLOW, THREADS)?;
+    ensure!(
+        running.wait_for(&format!("step {at}")),
+        "the child did not reach step {at}"
+    );
+    let reached = Instant::now();
+    running.signal(name)?;
+    let sent = reached.elapsed();
+    let status = running.process.wait()?;
+    let took = reached.elapsed();
+    running.drain();
+    ensure!(
+        status.code() == Some(code),
+        "{status}; expected exit code {code}"
+    );
+    ensure!(took < Duration::from_secs(2), "took {took:?}");
+    let stopped = running.step;
+    ensure!(
+        newest(run) == stopped,
+        "stopped after step {stopped} and saved step {}",
+        newest(run)
+    );
+    // The step that was under way, and those for which sending the signal took long enough.
+    let late = sent.as_micros() as u64 / SIGNAL_SLOW;
+    ensure!(
+        stopped <= at + 1 + late,
+        "went on to step {stopped}; the signal took {sent:?}"
+    );
+    let mut resumed = Running::start(model, run, 0, THREADS)?;
+    ensure!(resumed.wait_for("finished "), "the resumed run did not finish");
+    resumed.drain();
+    check_start(&resumed, stopped, stopped, 0)?;
+    same(expected, run)?;
+    Ok(took)
 }
 
 fn second_writer(model: Model, scratch: &Path) -> Result<()> {
@@ -277,10 +314,9 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         exact: 0,
         inside: 0,
     };
-    let models = [Model::Mlp, Model::Unet];
     let expected = [
-        reference(models[0], &scratch.0)?,
-        reference(models[1], &scratch.0)?,
+        reference(MODELS[0], &scratch.0)?,
+        reference(MODELS[1], &scratch.0)?,
     ];
     let mut round = 0;
     while tally.kills < args.kills {
@@ -290,7 +326,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         let kills = KILLS_PER_RUN.min(args.kills - tally.kills);
         let before = (tally.kills, tally.inside);
         one_run(
-            models[which],
+            MODELS[which],
             &run,
             plan,
             kills,
@@ -300,7 +336,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         .with_context(|| {
             format!(
                 "run {round} ({}), after kill {}",
-                models[which].name(),
+                MODELS[which].name(),
                 tally_text(before)
             )
         })?;
@@ -311,7 +347,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
             "the children end before they can be killed"
         );
     }
-    signals(Model::Mlp, &scratch.0, &expected[0])?;
+    signals(args, &scratch.0, &expected)?;
     second_writer(Model::Mlp, &scratch.0)?;
     println!(
         "crash: {} kills, {} bit-exact, {} inside a write",
