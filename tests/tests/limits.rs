@@ -64,7 +64,13 @@ fn what_a_gzip_file_may_claim() {
     let packed = |count: u64, deflate: &[u8], crc: u32| {
         let header = idx([count as u32, 1, 1], &[]);
         let length = header.len() as u16;
-        let block = [&[0][..], &length.to_le_bytes(), &(!length).to_le_bytes(), &header].concat();
+        let block = [
+            &[0][..],
+            &length.to_le_bytes(),
+            &(!length).to_le_bytes(),
+            &header,
+        ]
+        .concat();
         gzip(&[&block, deflate].concat(), crc, 16 + zeros_len(n) as u32)
     };
     let (data, count) = (zeros(n), zeros_len(n));
@@ -81,43 +87,69 @@ fn what_a_gzip_file_may_claim() {
 #[test]
 fn headers_and_counts_of_safetensors() {
     let bench = Bench::new().unwrap();
-    let mut edge = |below: &[u8], above: &[u8], word: &str| {
-        edge(&bench, Format::Safetensors, "a.safetensors", below, above, word);
+    let edge = |below: &[u8], above: &[u8], word: &str| {
+        edge(
+            &bench,
+            Format::Safetensors,
+            "a.safetensors",
+            below,
+            above,
+            word,
+        );
     };
     let of_length = |length: usize| {
         let empty = r#"{"__metadata__":{"a":""}}"#.len();
         let text = "x".repeat(length - empty);
         file(&format!(r#"{{"__metadata__":{{"a":"{text}"}}}}"#), &[])
     };
-    edge(&of_length(16 << 20), &of_length((16 << 20) + 1), "safetensors_header");
+    edge(
+        &of_length(16 << 20),
+        &of_length((16 << 20) + 1),
+        "safetensors_header",
+    );
     let many = |n: usize| {
         let entries: Vec<String> = (0..n)
             .map(|i| entry(&i.to_string(), "U8", "[0]", 0, 0))
             .collect();
         file(&object(&entries), &[])
     };
-    edge(&many(100_000), &many(100_001), "100001; expected at most 100000");
+    edge(
+        &many(100_000),
+        &many(100_001),
+        "100001; expected at most 100000",
+    );
     let deep = |n: usize| {
         let shape = format!("[{}1]", "1,".repeat(n - 1));
         file(&object(&[entry("a", "U8", &shape, 0, 1)]), &[1])
     };
     edge(&deep(32), &deep(33), "at most 32 sizes");
     let one = || object(&[entry("a", "U8", "[1]", 0, 1)]);
-    edge(&file(&one(), &[1]), &file(&one(), &[1, 1]), "the end of the last tensor");
+    edge(
+        &file(&one(), &[1]),
+        &file(&one(), &[1, 1]),
+        "the end of the last tensor",
+    );
 }
 
 #[test]
 fn instructions_and_names_of_pickles() {
     let bench = Bench::new().unwrap();
-    let mut edge = |below: &[u8], above: &[u8], word: &str| {
+    let edge = |below: &[u8], above: &[u8], word: &str| {
         edge(&bench, Format::Pth, "a.pth", below, above, word);
     };
     // N and 0 push and pop; } and . make the result.
     let steps = |n: usize| archive(&[&b"N0".repeat(n / 2 - 1)[..], b"}."].concat(), &[0; 4]);
-    edge(&steps(1_000_000), &steps(1_000_002), "more than 1000000 instructions");
+    edge(
+        &steps(1_000_000),
+        &steps(1_000_002),
+        "more than 1000000 instructions",
+    );
     let shape = |n: usize| {
         let sizes = vec![1; n];
-        archive(&dict(&[("w", view("FloatStorage", "0", 0, &sizes, &sizes))]), &[0; 4])
+        archive(
+            &dict(&[("w", view("FloatStorage", "0", 0, &sizes, &sizes))]),
+            &[0; 4],
+        )
     };
     edge(&shape(16), &shape(17), "a tensor of 17 dimensions");
     let key = |n: usize| {
@@ -139,7 +171,12 @@ fn instructions_and_names_of_pickles() {
     edge(&members(100_000), &members(100_001), "tensors");
     let long = |n: usize| {
         let text = n - 7;
-        let program = [&b"X"[..], &(text as u32).to_le_bytes(), &vec![b'x'; text], b"0}."];
+        let program = [
+            &b"X"[..],
+            &(text as u32).to_le_bytes(),
+            &vec![b'x'; text],
+            b"0}.",
+        ];
         archive(&program.concat(), &[0; 4])
     };
     edge(&long(16 << 20), &long((16 << 20) + 1), "json_bytes");
@@ -155,16 +192,33 @@ fn lengths_of_texts() {
     };
     let half = 512 << 10;
     let (below, above) = (padded(b"", half), padded(b"", half + 1));
-    edge(&bench, Format::Toml, "config.toml", &below, &above, "config_bytes");
+    edge(
+        &bench,
+        Format::Toml,
+        "config.toml",
+        &below,
+        &above,
+        "config_bytes",
+    );
     for (name, bytes) in bench.valid(Format::Json).unwrap() {
         let (below, above) = (padded(&bytes, half), padded(&bytes, half + 1));
         edge(&bench, Format::Json, name, &below, &above, "config_bytes");
     }
     // A manifest vouches for its own bytes, so that none may follow it.
     for (name, bytes) in bench.valid(Format::Manifest).unwrap() {
-        let (one, many) = (padded(&bytes, bytes.len() + 1), padded(&bytes, (16 << 20) + 1));
+        let (one, many) = (
+            padded(&bytes, bytes.len() + 1),
+            padded(&bytes, (16 << 20) + 1),
+        );
         edge(&bench, Format::Manifest, name, &bytes, &one, "seal");
-        edge(&bench, Format::Manifest, name, &bytes, &many, "16777217 bytes long");
+        edge(
+            &bench,
+            Format::Manifest,
+            name,
+            &bytes,
+            &many,
+            "16777217 bytes long",
+        );
     }
 }
 
@@ -181,7 +235,14 @@ fn headers_and_dimensions_of_arrays() {
         zip(&[Member::stored("images.npy", &array)])
     };
     let (below, above) = (header(1 << 16), header((1 << 16) + 1));
-    edge(&bench, Format::Npz, "a.npz", &below, &above, "at most 65536");
+    edge(
+        &bench,
+        Format::Npz,
+        "a.npz",
+        &below,
+        &above,
+        "at most 65536",
+    );
     let labels = |largest: u32| {
         let images = npy("|u1", "(1, 1, 1)", &[7]);
         let labels = npy("<u4", "(1,)", &largest.to_le_bytes());

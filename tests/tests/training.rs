@@ -27,7 +27,16 @@ fn tiny(data: &Dataset) -> ImageConfig {
 fn train(out: &Path) {
     let data = data::open("digits").unwrap();
     let (quiet, cancel) = (&mut Quiet, Cancel::new());
-    run::train(&tiny(&data), &data, out, false, &Device::Cpu, quiet, &cancel).unwrap();
+    run::train(
+        &tiny(&data),
+        &data,
+        out,
+        false,
+        &Device::Cpu,
+        quiet,
+        &cancel,
+    )
+    .unwrap();
 }
 
 fn sample(model: &ImageModel, count: usize, batch: usize) -> Tensor {
@@ -159,6 +168,9 @@ fn every_weight_of_every_preset_gets_a_gradient() {
             let blind = parameter.ends_with("to_k.bias");
             assert!(blind || size > 0.0, "{source} {name} {parameter}: {size}");
         }
-        println!("{source} {name}: {} weights, each with a gradient", parameters.len());
+        println!(
+            "{source} {name}: {} weights, each with a gradient",
+            parameters.len()
+        );
     }
 }

@@ -31,7 +31,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let root = shell::root()?;
     let all = targets(&root)?;
     if let Some(unknown) = args.targets.iter().find(|name| !all.contains(name)) {
-        bail!("no fuzz target `{unknown}`; expected one of {}", all.join(", "));
+        bail!(
+            "no fuzz target `{unknown}`; expected one of {}",
+            all.join(", ")
+        );
     }
     let Some(minutes) = args.minutes else {
         check(&root)?;
@@ -54,7 +57,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "`{name}` ended with {status}; what it found is in fuzz/artifacts/{name}"
         );
     }
-    println!("fuzz: no finding in {minutes} minutes of each of {} targets", chosen.len());
+    println!(
+        "fuzz: no finding in {minutes} minutes of each of {} targets",
+        chosen.len()
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -63,7 +69,10 @@ pub fn check(root: &Path) -> Result<()> {
     let mut command = shell::cargo(&root.join("fuzz"), "check");
     command.args(["--quiet", "--bins", "--no-default-features", "--target-dir"]);
     let status = shell::status(command.arg(root.join("target")))?;
-    ensure!(status.success(), "the fuzz targets do not compile: {status}");
+    ensure!(
+        status.success(),
+        "the fuzz targets do not compile: {status}"
+    );
     Ok(())
 }
 
@@ -73,7 +82,10 @@ fn targets(root: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
-        names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+        names.extend(
+            path.file_stem()
+                .map(|stem| stem.to_string_lossy().into_owned()),
+        );
     }
     names.sort();
     Ok(names)

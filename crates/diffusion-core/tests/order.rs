@@ -343,7 +343,10 @@ fn samples_of_a_mixture_pass_kolmogorov_smirnov() {
         })
         .fold(0.0, f64::max);
     // p > 1e-3 means √n D < 1.95.
-    println!("Kolmogorov and Smirnov: √n D = {:.2}", (n as f64).sqrt() * d);
+    println!(
+        "Kolmogorov and Smirnov: √n D = {:.2}",
+        (n as f64).sqrt() * d
+    );
     assert!((n as f64).sqrt() * d < 1.95, "D = {d}");
     // Mean and variance within four standard errors of the exact ones.
     let central = |k: i32| -> f64 {

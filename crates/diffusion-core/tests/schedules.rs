@@ -47,7 +47,10 @@ fn signal_of_tables_is_exact() {
         let sum: f64 = p.alpha.powi(2) + p.sigma.powi(2);
         assert!((sum - 1.0).abs() < 1e-15, "{what}: {sum}");
     }
-    println!("{} values of ᾱ, worst relative error {worst:.1e}", TABLES.len());
+    println!(
+        "{} values of ᾱ, worst relative error {worst:.1e}",
+        TABLES.len()
+    );
 }
 
 #[test]
@@ -70,7 +73,10 @@ fn levels_and_rates_of_continuous_processes_are_exact() {
             worst = worst.max(close(&format!("{name} {what} at {t}"), ours, exact));
         }
     }
-    println!("{} points, worst relative error {worst:.1e}", CONTINUOUS.len());
+    println!(
+        "{} points, worst relative error {worst:.1e}",
+        CONTINUOUS.len()
+    );
 }
 
 #[test]

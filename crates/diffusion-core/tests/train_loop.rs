@@ -422,7 +422,10 @@ fn nothing_but_numbers(run: &Path) {
     for (name, bytes) in bytes(run) {
         if name.ends_with(".safetensors") {
             let path = run.join(&name);
-            for tensor in read_safetensors(&path, &Limits::default()).unwrap().values() {
+            for tensor in read_safetensors(&path, &Limits::default())
+                .unwrap()
+                .values()
+            {
                 let values = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
                 let values = values.to_vec1::<f64>().unwrap();
                 assert!(values.iter().all(|v| v.is_finite()), "{name}");
@@ -430,7 +433,9 @@ fn nothing_but_numbers(run: &Path) {
         } else {
             let text = String::from_utf8(bytes).unwrap().to_lowercase();
             let words = text.split(|c: char| !c.is_alphanumeric());
-            let bad = words.filter(|w| ["nan", "inf", "infinity"].contains(w)).count();
+            let bad = words
+                .filter(|w| ["nan", "inf", "infinity"].contains(w))
+                .count();
             assert_eq!(bad, 0, "{name}: {text}");
         }
     }

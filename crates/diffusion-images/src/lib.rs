@@ -38,6 +38,17 @@ pub fn from_nn(error: diffusion_nn::Error) -> diffusion_core::Error {
     use diffusion_core::{Error, Report};
     match error {
         diffusion_nn::Error::Candle(error) => Error::Tensor(error),
-        other => Error::Input(Report::new("network", other)),
+        diffusion_nn::Error::Config {
+            field,
+            found,
+            expected,
+            remedy,
+        } => Report::new(format_args!("network.{field}"), found)
+            .expected(expected)
+            .remedy(remedy)
+            .config(),
+        other => Report::new("network", other)
+            .remedy("give what belongs to one model")
+            .input(),
     }
 }

@@ -136,13 +136,17 @@ fn network_config(folder: &DiffusersFolder) -> Result<UNet2DConfig> {
     let text = folder.config_text("unet")?;
     let mut reader = serde_json::Deserializer::from_str(&text);
     let config: UNet2DConfig = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        Report::file(&file, format!("{}: {}", error.path(), error.inner()))
+        Report::field(file.display(), error.path(), error.inner())
             .expected("the configuration of a UNet2DModel")
+            .remedy("correct the file, or get it again")
             .input()
     })?;
-    config
-        .check()
-        .map_err(|error| Report::file(&file, error).config())?;
+    config.check().map_err(|error| {
+        Report::file(&file, error)
+            .expected("the configuration of a UNet2DModel")
+            .remedy("correct the file, or get it again")
+            .config()
+    })?;
     Ok(config)
 }
 
@@ -165,6 +169,7 @@ impl ImageModel {
                 format!("unet: {}", component.class),
             )
             .expected("UNet2DModel")
+            .remedy("give a pipeline of this network")
             .unsupported());
         }
         let mut config = network_config(&folder)?;
@@ -177,6 +182,7 @@ impl ImageModel {
             let read: Classes = serde_json::from_str(&text).map_err(|e| {
                 Report::file(&file, e)
                     .expected("the names of the classes")
+                    .remedy("correct the file, or get it again")
                     .input()
             })?;
             classes = read.names;
@@ -184,11 +190,13 @@ impl ImageModel {
             let Some(table) = read_safetensors(&file, &limits)?.remove("weight") else {
                 return Err(Report::file(&file, "no tensor `weight`")
                     .expected("one row a class")
+                    .remedy("get the file again")
                     .input());
             };
             if table.rank() != 2 || table.dim(0)? != classes.len() {
                 return Err(Report::file(&file, format!("shape {:?}", table.dims()))
                     .expected(format!("one row for each of {} classes", classes.len()))
+                    .remedy("get the folder again: its files are not of one model")
                     .input());
             }
             let null = Tensor::zeros((1, table.dim(1)?), table.dtype(), table.device())?;
@@ -208,6 +216,7 @@ impl ImageModel {
             diffusion_nn::Error::Candle(error) => Error::Tensor(error),
             other => Report::file(&path.join("unet"), other)
                 .expected("the weights of the network in unet/config.json")
+                .remedy("get the folder again: its files are not of one model")
                 .input(),
         })?;
         Ok(Self {
@@ -299,6 +308,7 @@ impl ImageModel {
             None => {
                 return Err(Report::new("unet/config.json: sample_size", "null")
                     .expected("the size of an image")
+                    .remedy("write it into the file")
                     .config());
             }
         };

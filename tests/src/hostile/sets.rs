@@ -224,7 +224,10 @@ pub fn npz_specials() -> Vec<Sample> {
         size: header.len() as u32 + zeros_len(n) as u32,
         crc: 0,
     };
-    add("98 MiB of black pixels with a wrong checksum", zip(&[wrong]));
+    add(
+        "98 MiB of black pixels with a wrong checksum",
+        zip(&[wrong]),
+    );
     for method in [1, 8, 9, 12, 14, 93, 99, 0xffff] {
         add(
             &format!("method {method}"),

@@ -67,7 +67,11 @@ pub fn packages(tree: &str) -> Vec<&str> {
 /// Those of a program's packages for which it would have to use another domain than `domain`.
 pub fn strangers<'a>(domain: &str, packages: &[&'a str]) -> Vec<&'a str> {
     let reserved = |name: &str| RESERVED.iter().any(|(n, d)| *n == name && *d != domain);
-    let known = |name: &str| ROOMS.iter().any(|(n, room)| *n == name && matches!(room, DOMAIN));
+    let known = |name: &str| {
+        ROOMS
+            .iter()
+            .any(|(n, room)| *n == name && matches!(room, DOMAIN))
+    };
     let other = |name: &str| known(name) && name != domain;
     let mut found = packages.to_vec();
     found.retain(|name| reserved(name) || other(name));

@@ -142,7 +142,10 @@ mod tests {
             };
             let mut found: Vec<_> = std::thread::scope(|scope| {
                 let workers: Vec<_> = (0..threads).map(|t| scope.spawn(move || part(t))).collect();
-                workers.into_iter().flat_map(|w| w.join().unwrap()).collect()
+                workers
+                    .into_iter()
+                    .flat_map(|w| w.join().unwrap())
+                    .collect()
             });
             found.sort_by_key(|(s, _)| *s);
             let found: Vec<_> = found.into_iter().map(|(_, ctx)| ctx).collect();

@@ -194,8 +194,10 @@ fn signals(args: &Args, scratch: &Path, expected: &[BTreeMap<String, Vec<u8>>; 2
         let model = MODELS[which];
         let run = scratch.join(format!("signal-{number}"));
         let at = 1 + plan.below(25);
-        let took = one_signal(model, &run, name, code, at, &expected[which])
-            .with_context(|| format!("signal {number} ({}), SIG{name} at step {at}", model.name()))?;
+        let took =
+            one_signal(model, &run, name, code, at, &expected[which]).with_context(|| {
+                format!("signal {number} ({}), SIG{name} at step {at}", model.name())
+            })?;
         slowest = slowest.max(took);
         fs::remove_dir_all(&run)?;
     }
@@ -247,7 +249,10 @@ fn one_signal(
         "went on to step {stopped}; the signal took {sent:?}"
     );
     let mut resumed = Running::start(model, run, 0, THREADS)?;
-    ensure!(resumed.wait_for("finished "), "the resumed run did not finish");
+    ensure!(
+        resumed.wait_for("finished "),
+        "the resumed run did not finish"
+    );
     resumed.drain();
     check_start(&resumed, stopped, stopped, 0)?;
     same(expected, run)?;

@@ -111,8 +111,9 @@ impl Config {
         let text = quote_infinities(text);
         let mut reader = serde_json::Deserializer::from_str(&text);
         let config: Config = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-            Report::new(at, format!("{}: {}", error.path(), error.inner()))
+            Report::field(at, error.path(), error.inner())
                 .expected("a diffusers scheduler configuration")
+                .remedy("correct the file, or get it again")
                 .input()
         })?;
         config.check(at)?;
@@ -125,6 +126,7 @@ impl Config {
             return Err(
                 Report::new(format!("{at}: _class_name"), format!("{class:?}"))
                     .expected(format!("one of {}", CLASSES.join(", ")))
+                    .remedy("give the configuration of one of these")
                     .unsupported(),
             );
         }
@@ -134,6 +136,7 @@ impl Config {
                 self.num_train_timesteps,
             )
             .expected("1 to 1000000")
+            .remedy("correct the file, or get it again")
             .config());
         }
         let one_of = |field: &str, value: &str, known: &[&str], open: &[&str]| {
@@ -147,6 +150,7 @@ impl Config {
             } else {
                 Err(Report::new(format!("{at}: {field}"), value)
                     .expected(format!("one of {}", known.join(", ")))
+                    .remedy("correct the file, or get it again")
                     .config())
             }
         };
@@ -232,6 +236,7 @@ impl Config {
                 return Err(
                     Report::new(format!("{at}: solver_order"), self.solver_order)
                         .expected("1 or 2")
+                        .remedy("this version does not have it yet")
                         .unsupported(),
                 );
             }
@@ -252,6 +257,7 @@ impl Config {
             return Err(
                 Report::new(at, "use_karras_sigmas and use_exponential_sigmas")
                     .expected("at most one of them")
+                    .remedy("correct the file, or get it again")
                     .config(),
             );
         }
