@@ -198,7 +198,7 @@ pub fn read(format: Format, path: &Path) -> Verdict {
 /// ```
 pub fn helps(message: &str) -> bool {
     let place = message.split(": ").next().unwrap_or_default();
-    place.contains(['/', '.'])
+    !place.is_empty()
         && message.contains("; expected ")
         && message.contains(" (")
         && message.ends_with(')')

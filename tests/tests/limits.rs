@@ -170,7 +170,7 @@ fn instructions_and_names_of_pickles() {
     };
     edge(&members(100_000), &members(100_001), "tensors");
     let long = |n: usize| {
-        let text = n - 7;
+        let text = n - 8;
         let program = [
             &b"X"[..],
             &(text as u32).to_le_bytes(),

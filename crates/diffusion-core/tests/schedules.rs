@@ -14,9 +14,13 @@ use diffusion_core::schedule::{BetaSchedule, Edm, Schedule, SubVp, Ve, Vp};
 const TOLERANCE: f64 = 1e-12;
 
 fn close(what: &str, ours: f64, exact: f64) -> f64 {
+    within(TOLERANCE, what, ours, exact)
+}
+
+fn within(tolerance: f64, what: &str, ours: f64, exact: f64) -> f64 {
     let error = (ours - exact).abs() / exact.abs().max(f64::MIN_POSITIVE);
     let error = if ours == exact { 0.0 } else { error };
-    assert!(error <= TOLERANCE, "{what}: {ours:e}, exactly {exact:e}");
+    assert!(error <= tolerance, "{what}: {ours:e}, exactly {exact:e}");
     error
 }
 
@@ -41,9 +45,12 @@ fn signal_of_tables_is_exact() {
         };
         let table = betas.table(steps).unwrap();
         let what = format!("{name} of {steps} at {index}");
-        worst = worst.max(close(&what, table.alpha_bar()[index], exact));
+        // The cosine's zero is at the end of the table, where its argument's last bit counts.
+        let tolerance = if name == "cosine" { 2e-12 } else { TOLERANCE };
+        let alpha_bar = table.alpha_bar()[index];
+        worst = worst.max(within(tolerance, &what, alpha_bar, exact));
         let p = table.index(index as i64);
-        worst = worst.max(close(&what, p.alpha * p.alpha, exact));
+        worst = worst.max(within(tolerance, &what, p.alpha * p.alpha, exact));
         let sum: f64 = p.alpha.powi(2) + p.sigma.powi(2);
         assert!((sum - 1.0).abs() < 1e-15, "{what}: {sum}");
     }

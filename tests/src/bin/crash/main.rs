@@ -40,9 +40,12 @@ struct Args {
     /// What the child trains.
     #[arg(long, hide = true, default_value = "mlp")]
     model: Model,
+    /// Microseconds that each step takes longer.
+    #[arg(long, hide = true, default_value_t = 0)]
+    slow_steps: u64,
     /// Microseconds that each operation on files takes longer.
     #[arg(long, hide = true, default_value_t = 0)]
-    slow: u64,
+    slow_files: u64,
 }
 
 /// The two models.

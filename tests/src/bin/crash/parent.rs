@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use diffusion_ops::rng::{Key, stream};
 
-use crate::running::Running;
+use crate::running::{Pace, Running};
 use crate::{Args, Model};
 
 /// Every file of a run but the lock, by relative path.
@@ -66,8 +66,18 @@ fn same(expected: &BTreeMap<String, Vec<u8>>, run: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Microseconds that each operation takes longer, so that a kill lands where it is meant to.
-const SLOW: u64 = 2000;
+/// As fast as it can.
+const FULL: Pace = Pace { steps: 0, files: 0 };
+/// So slow that a kill lands where it is meant to.
+const SLOW: Pace = Pace {
+    steps: 2000,
+    files: 2000,
+};
+/// Steps so slow that a signal arrives within one.
+const STEADY: Pace = Pace {
+    steps: 10_000,
+    files: 0,
+};
 /// Threads of the children, but for the one that shows that they don't matter.
 const THREADS: usize = 2;
 /// What is trained, in turn.
@@ -83,7 +93,7 @@ struct Tally {
 
 fn reference(model: Model, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let run = scratch.join(format!("{}-whole", model.name()));
-    let mut running = Running::start(model, &run, 0, THREADS)?;
+    let mut running = Running::start(model, &run, FULL, THREADS)?;
     ensure!(
         running.wait_for("finished "),
         "the run without kills did not finish"
@@ -170,7 +180,7 @@ fn one_run(
         );
     }
     let wanted = newest(run);
-    let mut running = Running::start(model, run, 0, THREADS)?;
+    let mut running = Running::start(model, run, FULL, THREADS)?;
     let finished = running.wait_for("finished ");
     running.drain();
     ensure!(finished, "the run did not finish after {done} kills");
@@ -179,10 +189,6 @@ fn one_run(
     tally.exact += done;
     Ok(())
 }
-
-/// Microseconds of a step and of an operation on files in a run that gets a signal: long enough for
-/// the signal to arrive within one.
-const SIGNAL_SLOW: u64 = 10_000;
 
 /// Sends SIGTERM and SIGINT in turn, at steps that the seed chooses.
 fn signals(args: &Args, scratch: &Path, expected: &[BTreeMap<String, Vec<u8>>; 2]) -> Result<()> {
@@ -220,7 +226,7 @@ fn one_signal(
     at: u64,
     expected: &BTreeMap<String, Vec<u8>>,
 ) -> Result<Duration> {
-    let mut running = Running::start(model, run, SIGNAL_SLOW, THREADS)?;
+    let mut running = Running::start(model, run, STEADY, THREADS)?;
     ensure!(
         running.wait_for(&format!("step {at}")),
         "the child did not reach step {at}"
@@ -243,12 +249,12 @@ fn one_signal(
         newest(run)
     );
     // The step that was under way, and those for which sending the signal took long enough.
-    let late = sent.as_micros() as u64 / SIGNAL_SLOW;
+    let late = sent.as_micros() as u64 / STEADY.steps;
     ensure!(
         stopped <= at + 1 + late,
         "went on to step {stopped}; the signal took {sent:?}"
     );
-    let mut resumed = Running::start(model, run, 0, THREADS)?;
+    let mut resumed = Running::start(model, run, FULL, THREADS)?;
     ensure!(
         resumed.wait_for("finished "),
         "the resumed run did not finish"
@@ -263,7 +269,7 @@ fn second_writer(model: Model, scratch: &Path) -> Result<()> {
     let run = scratch.join("two-writers");
     let mut first = Running::start(model, &run, SLOW, THREADS)?;
     ensure!(first.wait_for("step "), "the first writer did not start");
-    let mut second = Running::start(model, &run, 0, THREADS)?;
+    let mut second = Running::start(model, &run, FULL, THREADS)?;
     let line = second
         .line(Duration::from_secs(10))
         .context("the second writer said nothing")?;
