@@ -5,7 +5,7 @@
 //! folded into one number each.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // Helper functions of tests, which clippy does not see as such.
-#![allow(clippy::excessive_precision)]
+#![allow(clippy::excessive_precision, clippy::approx_constant)] // Values as they were computed.
 
 use diffusion_core::grid::{Grid, exponential, karras};
 use diffusion_core::schedule::{BetaSchedule, Edm, Schedule, SubVp, Ve, Vp};

@@ -16,7 +16,9 @@ enum Room {
     All,
 }
 
-const DOMAIN: Room = Room::Only(&["diffusion-ops", "diffusion-core", "diffusion-nn"]);
+/// What every domain stands on.
+const GROUND: &[&str] = &["diffusion-ops", "diffusion-core", "diffusion-nn"];
+const DOMAIN: Room = Room::Only(GROUND);
 
 /// The map of ARCHITECTURE.md. Adding a crate is adding a row.
 const ROOMS: &[(&str, Room)] = &[
@@ -67,14 +69,9 @@ pub fn packages(tree: &str) -> Vec<&str> {
 /// Those of a program's packages for which it would have to use another domain than `domain`.
 pub fn strangers<'a>(domain: &str, packages: &[&'a str]) -> Vec<&'a str> {
     let reserved = |name: &str| RESERVED.iter().any(|(n, d)| *n == name && *d != domain);
-    let known = |name: &str| {
-        ROOMS
-            .iter()
-            .any(|(n, room)| *n == name && matches!(room, DOMAIN))
-    };
-    let other = |name: &str| known(name) && name != domain;
+    let ours = |name: &str| name.starts_with("diffusion-") && !GROUND.contains(&name);
     let mut found = packages.to_vec();
-    found.retain(|name| reserved(name) || other(name));
+    found.retain(|name| reserved(name) || ours(name) && *name != domain);
     found
 }
 
@@ -138,5 +135,17 @@ mod tests {
         assert!(findings("diffusion-cli").is_empty());
         assert_eq!(findings("xtask").len(), 3);
         assert!(findings("diffusion-new")[0].contains("has no place"));
+        let all = [
+            "candle-core",
+            "diffusion-images",
+            "diffusion-nn",
+            "hound",
+            "image",
+        ];
+        assert_eq!(strangers("diffusion-images", &all), ["hound"]);
+        assert_eq!(
+            strangers("diffusion-waveform", &all),
+            ["diffusion-images", "image"]
+        );
     }
 }
