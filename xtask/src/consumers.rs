@@ -7,26 +7,31 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{shell, tidy::tree};
 
-/// Build and run a program for each domain crate, as somebody else would write it.
+/// Check a program for each domain crate, as somebody else would write it.
 ///
 /// `tests/consumers/NAME` is a workspace of its own that depends on `diffusion-NAME` alone. No package
-/// that another domain pays for may stand in its tree. It is built into the target folder and with the
-/// locked versions of this workspace, so that what is compiled already serves again, and then run.
+/// that another domain pays for may stand in its tree. It is type-checked in the target folder and with
+/// the locked versions of this workspace, where most of what clippy has checked serves again; with
+/// --run it is built, which compiles the tensor library anew, and run.
 ///
 /// Example:
-///   cargo xtask consumers
+///   cargo xtask consumers --run
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
-pub struct Args {}
+pub struct Args {
+    /// Build the programs and run them.
+    #[arg(long)]
+    run: bool,
+}
 
 /// Checks all programs.
-pub fn run(_: &Args) -> Result<ExitCode> {
-    check(&shell::root()?)?;
+pub fn run(args: &Args) -> Result<ExitCode> {
+    check(&shell::root()?, args.run)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Checks all programs; the first failure ends it.
-pub fn check(root: &Path) -> Result<()> {
+pub fn check(root: &Path, run: bool) -> Result<()> {
     let folder = root.join("tests/consumers");
     let mut programs = Vec::new();
     for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
@@ -36,10 +41,12 @@ pub fn check(root: &Path) -> Result<()> {
         }
     }
     programs.sort();
-    programs.iter().try_for_each(|path| program(root, path))
+    programs
+        .iter()
+        .try_for_each(|path| program(root, path, run))
 }
 
-fn program(root: &Path, path: &Path) -> Result<()> {
+fn program(root: &Path, path: &Path, run: bool) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let domain = format!("diffusion-{name}");
     let lock = path.join("Cargo.lock");
@@ -62,9 +69,12 @@ fn program(root: &Path, path: &Path) -> Result<()> {
     );
     let out = Scratch(root.join("target/consumers").join(&*name));
     out.clear()?;
-    let mut command = shell::cargo(path, "run");
+    let mut command = shell::cargo(path, if run { "run" } else { "check" });
     command.arg("--quiet").arg("--target-dir");
-    command.arg(root.join("target")).arg("--").arg(&out.0);
+    command.arg(root.join("target"));
+    if run {
+        command.arg("--").arg(&out.0);
+    }
     let status = shell::status(&mut command)?;
     ensure!(
         status.success(),
@@ -72,8 +82,9 @@ fn program(root: &Path, path: &Path) -> Result<()> {
         path.display()
     );
     println!(
-        "consumers: {name}: {} packages, none of another domain; it runs",
-        packages.len()
+        "consumers: {name}: {} packages, none of another domain; it {}",
+        packages.len(),
+        if run { "runs" } else { "compiles" }
     );
     out.clear()
 }
