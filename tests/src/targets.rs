@@ -12,7 +12,7 @@ use diffusion_core::checkpoint::{Checkpoints, DiskStorage, Keep, Snapshot, read_
 use diffusion_core::interop::scheduler::Request;
 use diffusion_core::interop::weights::load_weight_file;
 use diffusion_core::limits::Limits;
-use diffusion_core::{Error, Result};
+use diffusion_core::{Report, Result};
 use diffusion_images::config::ImageConfig;
 use diffusion_images::data::{self, Dataset};
 use diffusion_images::model::{self, ImageModel};
@@ -190,6 +190,21 @@ pub fn read(format: Format, path: &Path) -> Verdict {
     }
 }
 
+/// Whether a refusal tells a user what to do: it names a file or field, what was expected and a
+/// remedy.
+///
+/// ```text
+/// FILE…: FOUND; expected EXPECTED (REMEDY)
+/// ```
+pub fn helps(message: &str) -> bool {
+    let place = message.split(": ").next().unwrap_or_default();
+    !place.is_empty()
+        && message.contains("; expected ")
+        && message.contains(" (")
+        && message.ends_with(')')
+        && message.lines().count() == 1
+}
+
 /// What a reader accepted, and what contradicts itself in it.
 type Checked = Result<Option<String>>;
 
@@ -266,10 +281,10 @@ fn manifest(run: &Path) -> Checked {
     let loaded = Checkpoints::open(run, storage, Keep::default())?.load()?;
     let step = loaded.snapshot.map(|s| s.step);
     match (step, loaded.rejected.first()) {
-        (Some(1), Some(rejected)) => Err(Error::Checkpoint(diffusion_core::Report::new(
-            "MANIFEST.json",
-            &rejected.why,
-        ))),
+        (Some(1), Some(rejected)) => Err(Report::file(&rejected.path, &rejected.why)
+            .expected("the files that were saved")
+            .remedy("training goes on from the checkpoint before")
+            .checkpoint()),
         (Some(2), None) => {
             let read = |name| std::fs::read(run.join(name)).ok();
             Ok((read(MANIFEST) != read(SOUND))
@@ -284,6 +299,7 @@ fn make_base() -> anyhow::Result<tempfile::TempDir> {
     let digits = data::open("digits")?.select(&[0, 1, 2, 3])?;
     let mut config = preset::preset("tiny", &digits)?;
     config.conditional = false;
+    preset::fit(&mut config, &digits)?;
     config.process.steps = 20;
     config.process.betas = diffusion_core::schedule::BetaSchedule::ddpm(20);
     let task = train::Task::new(&config, &Device::Cpu)?;

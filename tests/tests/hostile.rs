@@ -3,24 +3,24 @@
 //! `cargo xtask hostile` is the long form of the first test.
 
 // Helpers of tests may stop a test as its body may.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-use diffusion_tests::hostile::{files, seeds};
+use diffusion_tests::hostile::{Maker, Sample, seeds};
 use diffusion_tests::targets::{Bench, Format, Verdict};
 
+/// Row H1 and H5 of the table of promises.
 #[cfg(target_os = "linux")]
 #[test]
-fn the_readers_survive_sixty_files_of_every_format() {
+fn five_hundred_files_of_every_format_are_refused() {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostile"))
-        .args(["--files", "60", "--seed", "1"])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    println!("{text}");
     assert!(output.status.success(), "{text}{complaint}");
     for format in Format::ALL {
         let line = text.lines().find(|line| line.starts_with(format.name()));
@@ -29,29 +29,19 @@ fn the_readers_survive_sixty_files_of_every_format() {
             .split_whitespace()
             .filter_map(|word| word.parse().ok())
             .collect();
-        // Files; each of them was refused or accepted.
-        assert!(numbers[0] >= 60, "{text}");
-        assert_eq!(numbers[0], numbers[1] + numbers[2], "{text}");
-        assert!(numbers[1] >= 10, "{text}");
+        let [files, refused, accepted, ..] = numbers[..] else {
+            panic!("{text}");
+        };
+        assert!(refused >= 500, "{text}");
+        // Whatever was not refused was accepted: nothing was lost on the way.
+        assert_eq!(files, refused + accepted, "{text}");
     }
 }
-
-/// The formats that have a reader of their own.
-const READ: [Format; 8] = [
-    Format::Png,
-    Format::Jpeg,
-    Format::Idx,
-    Format::Safetensors,
-    Format::Pth,
-    Format::Json,
-    Format::Toml,
-    Format::Manifest,
-];
 
 #[test]
 fn what_the_files_are_made_from_is_accepted() {
     let bench = Bench::new().unwrap();
-    for format in READ {
+    for format in Format::ALL {
         for seed in seeds(format, &bench).unwrap() {
             let verdict = bench.feed(format, &seed.name, &seed.bytes).unwrap();
             assert_eq!(verdict, Verdict::Accepted, "{format:?} {}", seed.name);
@@ -59,38 +49,52 @@ fn what_the_files_are_made_from_is_accepted() {
     }
 }
 
+fn made(format: Format, seed: u64, count: usize, bench: &Bench) -> Vec<Sample> {
+    let maker = Maker::new(format, seed, bench).unwrap();
+    let count = count.max(maker.thought_of() + 50);
+    maker.take(count).collect()
+}
+
 #[test]
 fn the_files_depend_on_the_seed_and_differ_from_each_other() {
     let bench = Bench::new().unwrap();
     for format in Format::ALL {
-        let made = |seed| files(format, 300, seed, &bench).unwrap();
-        let bytes = |seed| made(seed).into_iter().map(|s| s.bytes).collect::<Vec<_>>();
+        let bytes = |seed| -> Vec<(String, Vec<u8>)> {
+            let files = made(format, seed, 300, &bench);
+            files.into_iter().map(|s| (s.name, s.bytes)).collect()
+        };
         let (one, two) = (bytes(1), bytes(2));
         assert!(one == bytes(1), "{format:?}");
-        assert!(one.len() >= 300 && one != two, "{format:?}");
-        let distinct: BTreeSet<&[u8]> = one.iter().map(Vec::as_slice).collect();
-        assert!(
-            distinct.len() * 10 >= one.len() * 8,
-            "{format:?} {}",
-            distinct.len()
-        );
+        assert!(one != two, "{format:?}");
+        let distinct: BTreeSet<_> = one.iter().collect();
+        assert_eq!(distinct.len(), one.len(), "{format:?}");
     }
 }
 
+/// Row H3: no beginning of a valid file is taken for the whole of it.
 #[test]
-fn a_refusal_says_what_was_found_in_one_short_text() {
+fn every_prefix_of_every_valid_file_is_refused() {
     let bench = Bench::new().unwrap();
-    for format in READ {
-        for sample in files(format, 40, 3, &bench).unwrap().into_iter().take(40) {
-            let verdict = bench.feed(format, &sample.name, &sample.bytes).unwrap();
-            if let Verdict::Refused(text) = verdict {
-                assert!(
-                    (20..4000).contains(&text.len()),
-                    "{format:?} {}: {text}",
-                    sample.what
-                );
+    for format in Format::ALL {
+        let mut tried = 0;
+        for seed in seeds(format, &bench).unwrap() {
+            // JSON and TOML may end in white space, which is no part of what they say; a cut
+            // configuration is a shorter configuration, as no TOML file says where it ends.
+            let whole = seed.bytes.trim_ascii_end().len();
+            for length in 0..whole.min(4096) {
+                let bytes = &seed.bytes[..length];
+                let what = format!("{format:?} {}: the first {length} bytes", seed.name);
+                match bench.feed(format, &seed.name, bytes).unwrap() {
+                    Verdict::Refused(_) => {}
+                    Verdict::Accepted if format == Format::Toml => {}
+                    // Two records of CIFAR-10, cut after the first, are one record.
+                    Verdict::Accepted if format == Format::Cifar && length == 3073 => {}
+                    other => panic!("{what}: {other:?}"),
+                }
+                tried += 1;
             }
         }
+        println!("{}: {tried} prefixes", format.name());
     }
 }
 
@@ -108,14 +112,9 @@ fn the_corpus_of_the_fuzz_targets_replays() {
         if std::env::var_os("WRITE_BAD_FILES").is_some() {
             std::fs::create_dir_all(&folder).unwrap();
             let mut all = seeds(format, &bench).unwrap();
-            let small = files(format, 400, 0, &bench).unwrap();
-            all.extend(
-                small
-                    .into_iter()
-                    .filter(|s| s.bytes.len() <= 2048)
-                    .step_by(29)
-                    .take(12),
-            );
+            let small = made(format, 0, 400, &bench).into_iter();
+            let small = small.filter(|s| s.bytes.len() <= 4096);
+            all.extend(small.step_by(29).take(12));
             for (number, sample) in all.iter().enumerate() {
                 let name = format!("{number:02}-{}", sample.name);
                 std::fs::write(folder.join(name), &sample.bytes).unwrap();
@@ -142,5 +141,4 @@ fn every_bad_file_goes_through_the_fuzz_targets() {
             diffusion_tests::targets::fuzz(format, &bytes);
         }
     }
-    assert_eq!(Format::from_str("png", false), Ok(Format::Png));
 }

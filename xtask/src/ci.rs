@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{shell, tidy};
+use crate::{consumers, fuzz, shell, tidy};
 
-/// Format, lints, tidy, documentation, then the tests of the README.
+/// Format, lints, the fuzz targets, a program outside the workspace for each domain crate, tidy,
+/// documentation, and the tests of the README.
 ///
 /// Stops at the first step that fails and prints each step with its seconds. The tests are run with
 /// the very command that README.md shows to a newcomer, the block that follows the line
@@ -47,6 +48,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "warnings",
         ]))
     })?;
+    step("fuzz targets", || fuzz::check(&root))?;
+    step("consumers", || consumers::check(&root, false))?;
     step("tidy", || {
         let findings = tidy::check(&root)?;
         findings.iter().for_each(|finding| println!("{finding}"));

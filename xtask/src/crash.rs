@@ -11,16 +11,21 @@ use crate::shell;
 /// Each round starts a small training run, ends it with SIGKILL at a random moment (a third of them
 /// inside the writing of a checkpoint), resumes to the end, and compares weights, averaged weights,
 /// optimiser state and metrics with those of a run that was never disturbed: every byte must agree.
+/// Then runs are asked to stop by SIGTERM and SIGINT, which must save within a step and end with 143
+/// and 130, and a second writer is refused.
 ///
 /// Example:
-///   cargo xtask crash --kills 200 --seed 7
+///   cargo xtask crash --kills 200 --signals 50 --seed 7
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// How many times to kill.
     #[arg(long, value_name = "N", default_value_t = 20)]
     kills: u32,
-    /// Decides the moments of the kills.
+    /// How many times to ask a run to stop.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    signals: u32,
+    /// Decides the moments.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
 }
@@ -32,6 +37,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     command.args([
         "--kills",
         &args.kills.to_string(),
+        "--signals",
+        &args.signals.to_string(),
         "--seed",
         &args.seed.to_string(),
     ]);

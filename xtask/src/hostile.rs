@@ -9,11 +9,11 @@ use crate::shell;
 
 /// Give malformed files to every reader and watch what it does.
 ///
-/// For each format (png, jpeg, idx, cifar, npz, safetensors, pth, json, toml, manifest) hundreds of
-/// files are made: cut off, with other header bytes, wrong lengths, absurd claims, names twice, bombs,
-/// deep nesting, garbage. A child with 1 GiB of address space reads them. Panics, waits of more than a
-/// second, memory above 64 MiB and twice the file, and accepted files that contradict themselves are
-/// printed and end the task with an error.
+/// For each format (png, jpeg, idx, cifar, npz, safetensors, pth, json, toml, manifest) files are made
+/// until 500 were refused: cut off, with other header bytes, wrong lengths, absurd claims, names twice,
+/// bombs, deep nesting, garbage. A child with 1 GiB of address space reads them. Panics, waits of more
+/// than a second, memory above 64 MiB and twice the file, accepted files that contradict themselves and
+/// messages without a file, an expectation and a remedy are printed and end the task with an error.
 ///
 /// Example:
 ///   cargo xtask hostile --format pth --files 2000 --keep findings
@@ -23,7 +23,7 @@ pub struct Args {
     /// Only this format.
     #[arg(long)]
     format: Option<String>,
-    /// At least so many files for each format.
+    /// At least so many refused files of each format.
     #[arg(long, value_name = "N", default_value_t = 500)]
     files: usize,
     /// Chooses what is damaged.

@@ -5,8 +5,10 @@
 
 mod bench;
 mod ci;
+mod consumers;
 mod crash;
 mod data;
+mod fuzz;
 mod hostile;
 mod parity;
 mod report;
@@ -36,6 +38,8 @@ enum Task {
     Bench(bench::Args),
     Crash(crash::Args),
     Hostile(hostile::Args),
+    Fuzz(fuzz::Args),
+    Consumers(consumers::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +52,8 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Crash(args) => crash::run(&args),
         Task::Hostile(args) => hostile::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
+        Task::Consumers(args) => consumers::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

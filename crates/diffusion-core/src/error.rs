@@ -57,6 +57,9 @@ pub struct Report {
     pub remedy: String,
 }
 
+/// Characters of a field in a message.
+const LONGEST_FIELD: usize = 80;
+
 impl Report {
     /// A message about `at`, which holds `found`.
     pub fn new(at: impl fmt::Display, found: impl fmt::Display) -> Self {
@@ -70,6 +73,25 @@ impl Report {
     /// A message about a file.
     pub fn file(path: &Path, found: impl fmt::Display) -> Self {
         Self::new(path.display(), found)
+    }
+
+    /// A message about a field of a text that was parsed; `.` and nothing stand for the whole of it.
+    ///
+    /// Nested texts have fields of any length: long ones are cut.
+    pub fn field(
+        at: impl fmt::Display,
+        field: impl fmt::Display,
+        found: impl fmt::Display,
+    ) -> Self {
+        let field = field.to_string();
+        match field.as_str() {
+            "" | "." | "?" => Self::new(at, found),
+            _ if field.chars().count() > LONGEST_FIELD => {
+                let start: String = field.chars().take(LONGEST_FIELD).collect();
+                Self::new(format_args!("{at}: {start}…"), found)
+            }
+            _ => Self::new(format_args!("{at}: {field}"), found),
+        }
     }
 
     /// Adds what should have been there.

@@ -218,8 +218,10 @@ impl Grid {
 /// of them is that of a half-open range in floating point.
 pub fn trailing(start: f64, ratio: f64) -> Vec<i64> {
     let count = (start / ratio).ceil() as usize;
+    // The step as NumPy's `arange` has it, rounded by the first difference: halves depend on it.
+    let step = (start - ratio) - start;
     (0..count)
-        .map(|k| (start - k as f64 * ratio).round_ties_even() as i64 - 1)
+        .map(|k| (start + k as f64 * step).round_ties_even() as i64 - 1)
         .filter(|i| *i >= 0)
         .collect()
 }

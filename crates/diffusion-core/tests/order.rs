@@ -343,7 +343,30 @@ fn samples_of_a_mixture_pass_kolmogorov_smirnov() {
         })
         .fold(0.0, f64::max);
     // p > 1e-3 means √n D < 1.95.
+    println!(
+        "Kolmogorov and Smirnov: √n D = {:.2}",
+        (n as f64).sqrt() * d
+    );
     assert!((n as f64).sqrt() * d < 1.95, "D = {d}");
+    // Mean and variance within four standard errors of the exact ones.
+    let central = |k: i32| -> f64 {
+        let mean: f64 = (0..2).map(|i| w[i] * m[i]).sum();
+        let part = |i: usize| {
+            let (d, s) = (m[i] - mean, c[i]);
+            match k {
+                2 => d.powi(2) + s.powi(2),
+                _ => d.powi(4) + 6.0 * (d * s).powi(2) + 3.0 * s.powi(4),
+            }
+        };
+        (0..2).map(|i| w[i] * part(i)).sum()
+    };
+    let (mean, var) = moments(&x);
+    let exact: f64 = (0..2).map(|i| w[i] * m[i]).sum();
+    let se = (central(2) / n as f64).sqrt();
+    let se_var = ((central(4) - central(2).powi(2)) / n as f64).sqrt();
+    let (z, z_var) = ((mean - exact) / se, (var - central(2)) / se_var);
+    println!("mean off by {z:.2} standard errors, variance by {z_var:.2}");
+    assert!(z.abs() < 4.0 && z_var.abs() < 4.0, "{z} {z_var}");
 }
 
 /// Φ by Simpson's rule from 0: accurate to 1e-9 on the range used here.

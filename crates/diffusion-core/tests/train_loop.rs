@@ -9,7 +9,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
 use diffusion_core::checkpoint::fault::{Fault, Faulty};
-use diffusion_core::checkpoint::{DiskStorage, RunLock};
+use diffusion_core::checkpoint::{DiskStorage, RunLock, read_safetensors};
+use diffusion_core::limits::Limits;
 use diffusion_core::train::{
     AdamWConfig, Both, Cancel, Event, GuardConfig, JsonLines, Loss, LossValue, LrSchedule,
     Objective, Observer, Outcome, Policy, Quiet, SaveFailure, Source, SpikeRule, StepCtx,
@@ -84,6 +85,7 @@ impl Objective for Net {
         let mut loss = (out - eps)?.sqr()?.mean_all()?;
         match self.faults.get(&ctx.step) {
             Some(&"nan") => loss = (loss * f64::NAN)?,
+            Some(&"infinite") => loss = (loss * f64::INFINITY)?,
             Some(&"spike") => loss = (loss * 1e4)?,
             Some(&"gradient") => {
                 // Finite itself, with an infinite derivative at zero.
@@ -415,10 +417,36 @@ fn clipping_bounds_the_first_update_direction_and_is_reported() {
     );
 }
 
+/// Reads every tensor and every line of the metrics that a run has left.
+fn nothing_but_numbers(run: &Path) {
+    for (name, bytes) in bytes(run) {
+        if name.ends_with(".safetensors") {
+            let path = run.join(&name);
+            for tensor in read_safetensors(&path, &Limits::default())
+                .unwrap()
+                .values()
+            {
+                let values = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+                let values = values.to_vec1::<f64>().unwrap();
+                assert!(values.iter().all(|v| v.is_finite()), "{name}");
+            }
+        } else {
+            let text = String::from_utf8(bytes).unwrap().to_lowercase();
+            let words = text.split(|c: char| !c.is_alphanumeric());
+            let bad = words
+                .filter(|w| ["nan", "inf", "infinity"].contains(w))
+                .count();
+            assert_eq!(bad, 0, "{name}: {text}");
+        }
+    }
+}
+
 #[test]
 fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
+    let mut injected = 0;
     for (fault, expected) in [
         ("nan", "loss `simple` = NaN (F32)"),
+        ("infinite", "loss `simple` = inf (F32)"),
         ("gradient", "gradient of `w2` (F32) is not finite"),
         ("large", "too large to be squared"),
         ("weight", "weight `w1` is not finite"),
@@ -443,6 +471,8 @@ fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
                 last => format!("the checkpoint of step {last} stands"),
             };
             assert!(text.contains(&stands), "`{text}` lacks `{stands}`");
+            nothing_but_numbers(dir.path());
+            injected += 1;
             if fault != "weight" {
                 // The weights are those of a run that simply ended before.
                 let mut reference = Net::new();
@@ -476,6 +506,33 @@ fn every_fault_is_caught_in_its_step_before_anything_is_updated() {
             }
         }
     }
+    println!("{injected} faults injected, each caught in its step");
+    assert!(injected >= 30);
+}
+
+/// Row T3 of the table of promises, on losses and gradients of real training.
+#[test]
+fn ten_thousand_clean_steps_raise_at_most_one_alarm() {
+    let mut net = Net::new();
+    let mut alarms = Vec::new();
+    let mut watch = |event: &Event| {
+        if let Event::Spike { step, why, .. } = event {
+            alarms.push(format!("step {step}: {why}"));
+        }
+    };
+    let config = TrainConfig {
+        steps: 10_000,
+        batch_size: 32,
+        lr: 1e-3,
+        schedule: LrSchedule::Constant {},
+        log_every: 1000,
+        ..config()
+    };
+    trainer(&net, config)
+        .run(&mut net, &Numbers, &mut watch, &Cancel::new())
+        .unwrap();
+    println!("{} alarms in 10 000 clean steps", alarms.len());
+    assert!(alarms.len() <= 1, "{alarms:#?}");
 }
 
 fn with_policy(policy: Policy) -> TrainConfig {

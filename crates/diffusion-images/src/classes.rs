@@ -104,6 +104,7 @@ impl Classes {
         let wrong = |what: String| {
             Report::file(file, what)
                 .expected("{\"names\": [\"…\", …], \"null_class\": K}, or either of the two")
+                .remedy("correct the file, or get it again")
                 .input()
         };
         if !text.trim_start().starts_with('{') {

@@ -119,18 +119,22 @@ impl ImageConfig {
     /// # Errors
     /// `Config` naming the file, the key and what was expected.
     pub fn from_toml(text: &str, at: &str, base: &ImageConfig) -> Result<Self> {
-        let wrong = |what: String| {
-            Report::new(at, what)
+        let wrong = |field: &str, what: &str| {
+            // A parser's message may have several lines.
+            Report::field(at, field, what.trim().replace('\n', ", "))
+                .expected("the configuration of a training run")
                 .remedy("see `diffusion images train --print-config`")
                 .config()
         };
-        let overlay: toml::Table = text
-            .parse()
-            .map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        let mut merged = toml::Table::try_from(base).map_err(|e| wrong(e.to_string()))?;
+        let overlay: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            let before = e.span().and_then(|span| text.get(..span.start));
+            let line = before.map_or(1, |before| 1 + before.matches('\n').count());
+            wrong(&format!("line {line}"), e.message())
+        })?;
+        let mut merged = toml::Table::try_from(base).map_err(|e| wrong("", &e.to_string()))?;
         merge(&mut merged, overlay);
         serde_path_to_error::deserialize(toml::Value::Table(merged))
-            .map_err(|e| wrong(format!("{}: {}", e.path(), e.inner())))
+            .map_err(|e| wrong(&e.path().to_string(), e.inner().message()))
     }
 
     /// The configuration as TOML.
@@ -149,11 +153,13 @@ impl ImageConfig {
         if !(0.0..=1.0).contains(&self.label_dropout) {
             return Err(Report::new("label_dropout", self.label_dropout)
                 .expected("a probability from 0 to 1")
+                .remedy("leave it out for the usual value")
                 .config());
         }
         if self.process.steps == 0 || self.process.steps > 100_000 {
             return Err(Report::new("process.steps", self.process.steps)
                 .expected("1 to 100000")
+                .remedy("leave it out for the usual value")
                 .config());
         }
         if self.process.zero_terminal_snr && self.predicts == Predicts::Epsilon {

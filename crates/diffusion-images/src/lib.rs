@@ -1,9 +1,9 @@
 //! Images from noise: data, training, sampling and metrics.
 //!
 //! ```no_run
+//! use diffusion_images::candle_core::Device;
+//! use diffusion_images::diffusion_core::{self, train::{Cancel, Quiet}};
 //! use diffusion_images::{data, model::ImageModel, preset, run};
-//! use candle_core::Device;
-//! use diffusion_core::train::{Cancel, Quiet};
 //!
 //! # fn main() -> diffusion_core::Result<()> {
 //! let digits = data::splits("digits", &data::Options::default())?.train;
@@ -31,11 +31,26 @@ pub mod saved;
 pub mod train;
 pub mod validate;
 
+// What stands in the signatures, so that one dependency is enough.
+pub use candle_core;
+pub use diffusion_core;
+
 /// An error of the network crate as one of the core's.
 pub fn from_nn(error: diffusion_nn::Error) -> diffusion_core::Error {
     use diffusion_core::{Error, Report};
     match error {
         diffusion_nn::Error::Candle(error) => Error::Tensor(error),
-        other => Error::Input(Report::new("network", other)),
+        diffusion_nn::Error::Config {
+            field,
+            found,
+            expected,
+            remedy,
+        } => Report::new(format_args!("network.{field}"), found)
+            .expected(expected)
+            .remedy(remedy)
+            .config(),
+        other => Report::new("network", other)
+            .remedy("give what belongs to one model")
+            .input(),
     }
 }

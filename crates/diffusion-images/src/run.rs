@@ -7,6 +7,7 @@ use crate::model;
 use crate::train::{Images, Task};
 use candle_core::Device;
 use diffusion_core::checkpoint::write_atomic;
+use diffusion_core::limits::Limits;
 use diffusion_core::train::{Both, Cancel, JsonLines, Observer, Outcome, Trainer};
 use diffusion_core::{Error, Report, Result};
 use std::path::{Path, PathBuf};
@@ -27,17 +28,17 @@ pub fn config_file(model: &Path) -> PathBuf {
 /// `Input` when there is none, `Config` when it is malformed.
 pub fn stored_config(model: &Path) -> Result<ImageConfig> {
     let file = config_file(model);
-    match std::fs::read_to_string(&file) {
+    match Limits::default().read_config(&file) {
         Ok(text) => {
             ImageConfig::from_toml(&text, &file.display().to_string(), &ImageConfig::default())
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             Err(Report::file(&file, "no such file")
                 .expected("a run to resume")
                 .remedy("start it without --resume")
                 .input())
         }
-        Err(error) => Err(Error::io(file, error)),
+        Err(error) => Err(error),
     }
 }
 

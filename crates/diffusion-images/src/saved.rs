@@ -107,6 +107,7 @@ impl SavedModel {
                 format!("unet: {}", component.class),
             )
             .expected("UNet2DModel")
+            .remedy("give a pipeline of this network")
             .unsupported());
         }
         let scheduler = folder.scheduler()?;
@@ -181,6 +182,7 @@ impl SavedModel {
         let missing = |name: &str| {
             Report::new(name, "missing")
                 .expected("the weights of a class-conditional UNet")
+                .remedy("get the file again")
                 .input()
         };
         let table = self.weights.remove(CLASS_WEIGHT);
@@ -209,13 +211,17 @@ pub fn network_config(file: &Path, limits: &Limits) -> Result<UNet2DConfig> {
     let text = limits.read_config(file)?;
     let mut reader = serde_json::Deserializer::from_str(&text);
     let config: UNet2DConfig = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        Report::file(file, format!("{}: {}", error.path(), error.inner()))
+        Report::field(file.display(), error.path(), error.inner())
             .expected("the configuration of a UNet2DModel")
+            .remedy("correct the file, or get it again")
             .input()
     })?;
-    config
-        .check()
-        .map_err(|error| Report::file(file, error).config())?;
+    config.check().map_err(|error| {
+        Report::file(file, error)
+            .expected("the configuration of a UNet2DModel")
+            .remedy("correct the file, or get it again")
+            .config()
+    })?;
     Ok(config)
 }
 
@@ -267,17 +273,20 @@ fn earlier(folder: &Path, limits: &Limits) -> Result<(Vec<String>, Tensor)> {
     let read: Names = serde_json::from_str(&limits.read_config(&file)?).map_err(|e| {
         Report::file(&file, e)
             .expected("the names of the classes")
+            .remedy("correct the file, or get it again")
             .input()
     })?;
     let file = folder.join(format!("{WEIGHTS}.safetensors"));
     let Some(table) = read_safetensors(&file, limits)?.remove("weight") else {
         return Err(Report::file(&file, "no tensor `weight`")
             .expected("one row a class")
+            .remedy("get the file again")
             .input());
     };
     if table.rank() != 2 || table.dim(0)? != read.names.len() {
         return Err(Report::file(&file, format!("shape {:?}", table.dims()))
             .expected(format!("one row for each of {} classes", read.names.len()))
+            .remedy("get the folder again: its files are not of one model")
             .input());
     }
     let null = Tensor::zeros((1, table.dim(1)?), table.dtype(), table.device())?;

@@ -255,17 +255,19 @@ impl Store {
                 if !used.insert(name.clone()) {
                     return Err(duplicate(&name));
                 }
-                // A stand-in lets the construction go on, so that the report is complete.
-                let stand_in = Tensor::zeros(shape.clone(), dtype, device)?;
+                // A stand-in lets the construction go on, so that the report is complete. It is one
+                // value: a wrong configuration must not cost the memory of its network.
+                let stand_in = || Tensor::zeros((), dtype, device)?.broadcast_as(&shape);
                 let Some(value) = weights.get(&name) else {
                     report.missing.push(name);
-                    return Ok(stand_in);
+                    return Ok(stand_in()?);
                 };
                 let tracked = value.is_variable();
-                let value = self
-                    .convert(&name, value, &shape, report)?
-                    .unwrap_or(stand_in);
-                Ok(if tracked { value.copy()? } else { value })
+                match self.convert(&name, value, &shape, report)? {
+                    Some(value) if tracked => Ok(value.copy()?),
+                    Some(value) => Ok(value),
+                    None => Ok(stand_in()?),
+                }
             }
         }
     }

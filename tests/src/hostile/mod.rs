@@ -4,15 +4,18 @@
 //! (bombs, absurd claims, names twice, deep nesting), then truncations, header bytes, lengths, flipped
 //! bits, pieces left out or repeated, and garbage behind a sound beginning, until there are enough.
 
-mod build;
-mod images;
+pub mod build;
+mod pictures;
+mod sets;
 mod text;
-mod weights;
+pub mod weights;
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use diffusion_ops::rng::{Key, stream};
 
 use crate::targets::{Bench, Format};
-pub use build::crc32;
 
 /// A file that a reader is given.
 #[derive(Clone, Debug)]
@@ -23,14 +26,12 @@ pub struct Sample {
     pub what: String,
     /// Its content.
     pub bytes: Vec<u8>,
-    /// How much it genuinely unpacks to, where that is within the limits; else 0.
-    pub unpacked: u64,
 }
 
 impl Sample {
-    /// Bytes of memory that reading it may take: 64 MiB and twice what it holds.
+    /// Bytes of memory that reading it may take: 64 MiB and twice its length.
     pub fn allowance(&self) -> u64 {
-        (64 << 20) + 2 * self.unpacked.max(self.bytes.len() as u64)
+        (64 << 20) + 2 * self.bytes.len() as u64
     }
 }
 
@@ -39,7 +40,6 @@ fn sample(name: &str, what: impl Into<String>, bytes: Vec<u8>) -> Sample {
         name: name.into(),
         what: what.into(),
         bytes,
-        unpacked: 0,
     }
 }
 
@@ -49,11 +49,11 @@ fn sample(name: &str, what: impl Into<String>, bytes: Vec<u8>) -> Sample {
 /// When the files of the bench cannot be read.
 pub fn seeds(format: Format, bench: &Bench) -> std::io::Result<Vec<Sample>> {
     let mut seeds = match format {
-        Format::Png => images::png_seeds(),
-        Format::Jpeg => images::jpeg_seeds(),
-        Format::Idx => images::idx_seeds(),
-        Format::Cifar => images::cifar_seeds(),
-        Format::Npz => images::npz_seeds(),
+        Format::Png => pictures::png_seeds(),
+        Format::Jpeg => pictures::jpeg_seeds(),
+        Format::Idx => sets::idx_seeds(),
+        Format::Cifar => sets::cifar_seeds(),
+        Format::Npz => sets::npz_seeds(),
         Format::Safetensors => weights::safetensors_seeds(),
         Format::Pth => weights::pth_seeds(),
         Format::Toml => text::toml_seeds(),
@@ -65,48 +65,80 @@ pub fn seeds(format: Format, bench: &Bench) -> std::io::Result<Vec<Sample>> {
     Ok(seeds)
 }
 
-/// At least `count` malformed files.
-///
-/// # Errors
-/// When the files of the bench cannot be read.
-pub fn files(
-    format: Format,
-    count: usize,
-    seed: u64,
-    bench: &Bench,
-) -> std::io::Result<Vec<Sample>> {
-    let seeds = seeds(format, bench)?;
-    let mut files = match format {
-        Format::Png => images::png_specials(),
-        Format::Jpeg => images::jpeg_specials(&seeds),
-        Format::Idx => images::idx_specials(),
-        Format::Cifar => images::cifar_specials(),
-        Format::Npz => images::npz_specials(),
-        Format::Safetensors => weights::safetensors_specials(),
-        Format::Pth => weights::pth_specials(),
-        Format::Json | Format::Toml | Format::Manifest => text::specials(&seeds),
-    };
-    let textual = matches!(format, Format::Json | Format::Toml | Format::Manifest);
-    let key = Key::new(seed, stream::TEST).item(format as u64);
-    let mut number = 0;
-    while files.len() < count {
-        let origin = &seeds[number % seeds.len()];
-        let mut dice = Dice(key.step(number as u64).words(16), 0);
-        let (what, bytes) = if textual && dice.below(4) > 0 {
+/// Malformed files of a format without an end, no two of them the same: what somebody thought of,
+/// then valid files that were damaged at random.
+#[derive(Debug)]
+pub struct Maker {
+    textual: bool,
+    seeds: Vec<Sample>,
+    thought_of: std::vec::IntoIter<Sample>,
+    key: Key,
+    number: u64,
+    made: BTreeSet<u64>,
+}
+
+impl Maker {
+    /// What it makes depends on the format and the seed.
+    ///
+    /// # Errors
+    /// When the files of the bench cannot be read.
+    pub fn new(format: Format, seed: u64, bench: &Bench) -> std::io::Result<Self> {
+        let seeds = seeds(format, bench)?;
+        let thought_of = match format {
+            Format::Png => pictures::png_specials(),
+            Format::Jpeg => pictures::jpeg_specials(&seeds),
+            Format::Idx => sets::idx_specials(),
+            Format::Cifar => sets::cifar_specials(),
+            Format::Npz => sets::npz_specials(),
+            Format::Safetensors => weights::safetensors_specials(),
+            Format::Pth => weights::pth_specials(),
+            Format::Json | Format::Toml | Format::Manifest => text::specials(&seeds),
+        };
+        Ok(Self {
+            textual: matches!(format, Format::Json | Format::Toml | Format::Manifest),
+            made: seeds.iter().map(digest).collect(),
+            seeds,
+            thought_of: thought_of.into_iter(),
+            key: Key::new(seed, stream::TEST).item(format as u64),
+            number: 0,
+        })
+    }
+
+    /// How many of the files that somebody thought of are still to come.
+    pub fn thought_of(&self) -> usize {
+        self.thought_of.len()
+    }
+
+    fn damaged(&mut self) -> Sample {
+        let origin = &self.seeds[self.number as usize % self.seeds.len()];
+        let mut dice = Dice(self.key.step(self.number).words(16), 0);
+        self.number += 1;
+        let (what, bytes) = if self.textual && dice.below(4) > 0 {
             text::mutate(&origin.bytes, &mut dice)
         } else {
             mutate(&origin.bytes, &mut dice)
         };
-        number += 1;
-        if bytes != origin.bytes {
-            files.push(sample(
-                &origin.name,
-                format!("{}: {what}", origin.name),
-                bytes,
-            ));
+        sample(&origin.name, format!("{}: {what}", origin.name), bytes)
+    }
+}
+
+impl Iterator for Maker {
+    type Item = Sample;
+
+    fn next(&mut self) -> Option<Sample> {
+        loop {
+            let sample = self.thought_of.next().unwrap_or_else(|| self.damaged());
+            if self.made.insert(digest(&sample)) {
+                return Some(sample);
+            }
         }
     }
-    Ok(files)
+}
+
+fn digest(sample: &Sample) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&sample.name, &sample.bytes).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A few random numbers.

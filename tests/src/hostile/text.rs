@@ -11,6 +11,8 @@ betas = { kind = "linear", start = 0.0001, end = 0.02 }
 
 [network]
 block_out_channels = [8, 16]
+down_block_types = ["DownBlock2D", "AttnDownBlock2D"]
+up_block_types = ["AttnUpBlock2D", "UpBlock2D"]
 layers_per_block = 1
 norm_num_groups = 4
 

@@ -3,18 +3,21 @@
 use super::build::{Member, zip};
 use super::{Sample, sample};
 
-fn file(header: &str, data: &[u8]) -> Vec<u8> {
+/// A safetensors file of a header and data.
+pub fn file(header: &str, data: &[u8]) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.bytes());
     bytes.extend(data);
     bytes
 }
 
-fn entry(name: &str, dtype: &str, shape: &str, begin: u64, end: u64) -> String {
+/// The entry of a tensor in a safetensors header.
+pub fn entry(name: &str, dtype: &str, shape: &str, begin: u64, end: u64) -> String {
     format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}"#)
 }
 
-fn object(entries: &[String]) -> String {
+/// A JSON object of entries.
+pub fn object(entries: &[String]) -> String {
     format!("{{{}}}", entries.join(","))
 }
 
@@ -179,7 +182,7 @@ pub fn safetensors_specials() -> Vec<Sample> {
 }
 
 /// `_rebuild_tensor_v2` of float storage `key`.
-fn view(class: &str, key: &str, offset: u32, shape: &[u32], stride: &[u32]) -> Vec<u8> {
+pub fn view(class: &str, key: &str, offset: u32, shape: &[u32], stride: &[u32]) -> Vec<u8> {
     let mut p = b"ctorch._utils\n_rebuild_tensor_v2\n((".to_vec();
     p.extend(text("storage"));
     p.extend(format!("ctorch\n{class}\n").bytes());
@@ -209,7 +212,8 @@ fn text(value: &str) -> Vec<u8> {
     p
 }
 
-fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
+/// A pickle of an ordered dictionary; each value is a piece of program.
+pub fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
     let mut p = b"\x80\x02ccollections\nOrderedDict\n)Rq\0(".to_vec();
     for (name, value) in entries {
         p.extend(text(name));
@@ -219,7 +223,8 @@ fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
     p
 }
 
-fn archive(program: &[u8], data: &[u8]) -> Vec<u8> {
+/// A file as PyTorch writes it: a pickle and one storage.
+pub fn archive(program: &[u8], data: &[u8]) -> Vec<u8> {
     zip(&[
         Member::stored("a/data.pkl", program),
         Member::stored("a/byteorder", b"little"),

@@ -6,7 +6,7 @@ mod modules;
 mod source;
 mod sources;
 mod status;
-mod tree;
+pub mod tree;
 
 use std::fmt;
 use std::path::Path;

@@ -16,7 +16,9 @@ enum Room {
     All,
 }
 
-const DOMAIN: Room = Room::Only(&["diffusion-ops", "diffusion-core", "diffusion-nn"]);
+/// What every domain stands on.
+const GROUND: &[&str] = &["diffusion-ops", "diffusion-core", "diffusion-nn"];
+const DOMAIN: Room = Room::Only(GROUND);
 
 /// The map of ARCHITECTURE.md. Adding a crate is adding a row.
 const ROOMS: &[(&str, Room)] = &[
@@ -35,6 +37,7 @@ const RESERVED: &[(&str, &str)] = &[
     ("polars", "diffusion-timeseries"),
     ("polars-core", "diffusion-timeseries"),
     ("hound", "diffusion-waveform"),
+    ("petgraph", "diffusion-discrete"),
     ("image", "diffusion-images"),
 ];
 
@@ -52,7 +55,7 @@ pub fn check(root: &Path, members: &[Member]) -> Result<Vec<Finding>> {
 }
 
 /// The package names in a tree that was printed without prefixes; the first is the crate itself.
-fn packages(tree: &str) -> Vec<&str> {
+pub fn packages(tree: &str) -> Vec<&str> {
     let mut names: Vec<&str> = tree
         .lines()
         .skip(1)
@@ -61,6 +64,15 @@ fn packages(tree: &str) -> Vec<&str> {
     names.sort_unstable();
     names.dedup();
     names
+}
+
+/// Those of a program's packages for which it would have to use another domain than `domain`.
+pub fn strangers<'a>(domain: &str, packages: &[&'a str]) -> Vec<&'a str> {
+    let reserved = |name: &str| RESERVED.iter().any(|(n, d)| *n == name && *d != domain);
+    let ours = |name: &str| name.starts_with("diffusion-") && !GROUND.contains(&name);
+    let mut found = packages.to_vec();
+    found.retain(|name| reserved(name) || ours(name) && *name != domain);
+    found
 }
 
 fn judge(name: &str, manifest: &str, packages: &[&str]) -> Vec<Finding> {
@@ -123,5 +135,17 @@ mod tests {
         assert!(findings("diffusion-cli").is_empty());
         assert_eq!(findings("xtask").len(), 3);
         assert!(findings("diffusion-new")[0].contains("has no place"));
+        let all = [
+            "candle-core",
+            "diffusion-images",
+            "diffusion-nn",
+            "hound",
+            "image",
+        ];
+        assert_eq!(strangers("diffusion-images", &all), ["hound"]);
+        assert_eq!(
+            strangers("diffusion-waveform", &all),
+            ["diffusion-images", "image"]
+        );
     }
 }

@@ -3,8 +3,9 @@
 use super::data::{DataArgs, must_be_those};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use diffusion_core::limits::Limits;
 use diffusion_core::train::{Both, Cancel, JsonLines, Outcome};
 use diffusion_images::config::ImageConfig;
 use diffusion_images::data::Dataset;
@@ -128,8 +129,7 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
 fn configuration(args: &Train, data: &Dataset) -> Result<ImageConfig> {
     let mut config = preset::preset(args.preset.as_deref().unwrap_or("auto"), data)?;
     if let Some(file) = &args.config {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read the configuration {}", file.display()))?;
+        let text = Limits::default().read_config(file)?;
         config = ImageConfig::from_toml(&text, &file.display().to_string(), &config)?;
     }
     config.conditional &= !args.unconditional;

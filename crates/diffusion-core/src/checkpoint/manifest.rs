@@ -92,3 +92,32 @@ pub(super) fn digest(reader: &mut dyn Read) -> std::io::Result<FileSeal> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Row H2 of the table of promises: every byte, every value.
+    #[test]
+    fn no_changed_byte_of_a_manifest_is_accepted() {
+        let seal = |n| FileSeal {
+            bytes: n,
+            blake3: blake3::hash(&[n as u8]).to_hex().to_string(),
+        };
+        let files = [("params.safetensors", 164), ("state.json", 13)];
+        let files = files.map(|(name, n)| (name.to_string(), seal(n)));
+        let manifest = Manifest::new(12, Some(0.25), BTreeMap::from(files));
+        let sound = manifest.to_bytes().unwrap();
+        assert_eq!(Manifest::parse(&sound).unwrap().step, 12);
+        let mut changed = sound.clone();
+        for at in 0..sound.len() {
+            for value in (0..=255).filter(|v| *v != sound[at]) {
+                changed[at] = value;
+                let accepted = Manifest::parse(&changed).is_ok();
+                assert!(!accepted, "byte {at} = {value}");
+            }
+            changed[at] = sound[at];
+        }
+        println!("{} changed manifests, all refused", 255 * sound.len());
+    }
+}

@@ -74,6 +74,7 @@ impl DiffusersFolder {
             if name.is_empty() || name.contains(['/', '\\']) || name.contains("..") {
                 return Err(Report::file(&file, format!("the component name {name:?}"))
                     .expected("the plain name of a folder")
+                    .remedy("get the file again from whom you trust")
                     .input());
             }
             let component = Component {
@@ -105,6 +106,7 @@ impl DiffusersFolder {
                 "a pipeline with it; this one has {}",
                 names.join(", ")
             ))
+            .remedy("give a folder with this component")
             .input()
         })
     }
@@ -210,6 +212,7 @@ fn own_class(config: &Value, at: &str) -> Result<String> {
         Some(class) => Ok(class.to_string()),
         None => Err(Report::new(format!("{at}._class_name"), "missing")
             .expected("the name of a class of diffusers")
+            .remedy("add it, or get the file again")
             .config()),
     }
 }

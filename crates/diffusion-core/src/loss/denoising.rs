@@ -188,6 +188,63 @@ mod tests {
         assert!(moved > at_zero + 0.2, "{at_zero} {moved}");
     }
 
+    /// Row N6 of the table of promises: every weight on every kind, through a network that is a
+    /// shift and a scale of its input.
+    #[test]
+    fn gradients_are_difference_quotients() {
+        let kinds = [
+            Kind::Epsilon,
+            Kind::X0,
+            Kind::Velocity,
+            Kind::Flow,
+            Kind::Score,
+            Kind::Edm {
+                sigma_data: 0.5,
+                negative: true,
+            },
+        ];
+        let mut worst: f64 = 0.0;
+        for weight in [
+            Weight::Simple,
+            Weight::X0,
+            Weight::Velocity,
+            Weight::TruncatedSnr,
+            Weight::MinSnr { gamma: 5.0 },
+            Weight::P2 { gamma: 1.0, k: 1.0 },
+            Weight::Edm { sigma_data: 0.5 },
+        ] {
+            let (d, x0, epsilon, _) = setup(weight);
+            let few = |t: &Tensor| t.narrow(0, 0, 5).unwrap();
+            let (x0, epsilon) = (few(&x0), few(&epsilon));
+            let points: Vec<Point> = (1..=5)
+                .map(|i| d.schedule.at(0.15 * f64::from(i)))
+                .collect();
+            for kind in kinds {
+                let loss = |w: &Tensor| {
+                    let network = from_fn(|x: &Tensor, _: At<'_>, _: &mut Call<'_>| {
+                        let (scale, shift) = (w.narrow(0, 0, 1)?, w.narrow(0, 1, 1)?);
+                        let said = x.broadcast_mul(&scale)?.broadcast_add(&shift)?;
+                        Ok(Prediction::new(kind, said))
+                    });
+                    let mut noise = CounterNoise::new(0, 0..5);
+                    let mut call = Call {
+                        noise: &mut noise,
+                        items: 0..5,
+                        tracked: true,
+                    };
+                    Ok(d.losses(&network, &x0, &epsilon, &points, &mut call)?
+                        .mean_all()?)
+                };
+                let w = [[0.7, -0.2, 1.1], [0.1, 0.0, -0.4]];
+                let w = Tensor::new(&w, &Device::Cpu).unwrap();
+                let error = crate::oracle::gradcheck::gradcheck(&w, loss).unwrap();
+                assert!(error < 1e-6, "{weight:?} on {kind:?}: {error:e}");
+                worst = worst.max(error);
+            }
+        }
+        println!("7 weights on 6 kinds, worst error of a gradient {worst:.1e}");
+    }
+
     #[test]
     fn an_infinite_weight_is_refused() {
         let (mut d, x0, epsilon, mut points) = setup(Weight::X0);

@@ -106,6 +106,7 @@ impl Table {
         {
             return Err(Report::new(format!("betas[{i}]"), beta)
                 .expected("a value in [0, 1]")
+                .remedy("choose other ends of the schedule")
                 .config());
         }
         let mut product = 1.0;
@@ -293,7 +294,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "betas[1]: 1.5; expected a value in [0, 1]"
+            "betas[1]: 1.5; expected a value in [0, 1] (choose other ends of the schedule)"
         );
         assert!(BetaSchedule::Custom { betas: vec![0.1] }.table(2).is_err());
         assert!(Table::new(vec![f64::NAN]).is_err());

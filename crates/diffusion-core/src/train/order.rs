@@ -131,6 +131,29 @@ mod tests {
     }
 
     #[test]
+    fn threads_that_share_the_steps_see_the_order_of_one() {
+        let mut whole = Order::new(3, 7, 3, 2).unwrap();
+        let expected: Vec<_> = (0..200).map(|s| whole.step(s)).collect();
+        for threads in [1, 4] {
+            let part = |first: u64| {
+                let mut order = Order::new(3, 7, 3, 2).unwrap();
+                let steps = (first..200).step_by(threads as usize);
+                steps.map(|s| (s, order.step(s))).collect::<Vec<_>>()
+            };
+            let mut found: Vec<_> = std::thread::scope(|scope| {
+                let workers: Vec<_> = (0..threads).map(|t| scope.spawn(move || part(t))).collect();
+                workers
+                    .into_iter()
+                    .flat_map(|w| w.join().unwrap())
+                    .collect()
+            });
+            found.sort_by_key(|(s, _)| *s);
+            let found: Vec<_> = found.into_iter().map(|(_, ctx)| ctx).collect();
+            assert_eq!(found, expected, "{threads} threads");
+        }
+    }
+
+    #[test]
     fn repeats_are_counted_within_a_step() {
         let mut order = Order::new(0, 2, 3, 2).unwrap();
         let step = order.step(0);

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A folder with such files is recognised; one file is read alone. There is no header: the length
-//! of a file must be a multiple of a record, which is checked before memory is taken. A gzip file
-//! may unpack to at most 200 times its length, unless that is small anyway.
+//! of a file must be a multiple of a record, which is checked before memory is taken; a gzip file is
+//! unpacked twice, the first time to check it. It may unpack to at most 200 times its length, unless
+//! that is small anyway.
 
 use super::dataset::check_total;
 use super::{Dataset, Labels, MAX_DATASET_BYTES, MAX_IMAGE_BYTES, Pixels, input};
@@ -24,7 +25,6 @@ const IMAGE: usize = 3 * SIDE * SIDE;
 const RECORD: usize = 1 + IMAGE;
 const CLASSES: usize = 10;
 const MAX_RATIO: u64 = 200;
-const CHUNK: u64 = 4 << 20;
 
 /// The files of a folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,10 +131,10 @@ fn read_file(path: &Path, before: u64) -> Result<Vec<u8>> {
     // A record begins with 0..=9, so no plain file begins so.
     let bytes = if head.starts_with(&[0x1f, 0x8b]) {
         let most = (MAX_RATIO * length).max(MAX_IMAGE_BYTES);
-        let bytes = unpack(path, MultiGzDecoder::new(file), most.min(MAX_DATASET_BYTES))?;
-        check_records(path, bytes.len() as u64)?;
-        check_total(&path.display().to_string(), before + bytes.len() as u64)?;
-        bytes
+        let unpacked = scan(path, MultiGzDecoder::new(file), most.min(MAX_DATASET_BYTES))?;
+        check_total(&path.display().to_string(), before + unpacked)?;
+        let again = File::open(path).map_err(|e| Error::io(path, e))?;
+        unpack(path, MultiGzDecoder::new(BufReader::new(again)), unpacked)?
     } else {
         check_records(path, length)?;
         check_total(&path.display().to_string(), before.saturating_add(length))?;
@@ -151,21 +151,22 @@ fn read_file(path: &Path, before: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Memory grows only as fast as data arrives.
-fn unpack(path: &Path, mut data: impl Read, most: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+/// The length of what a gzip stream unpacks to, found without keeping it: memory is taken only for
+/// a stream that is sound from end to end.
+fn scan(path: &Path, mut data: impl Read, most: u64) -> Result<u64> {
+    let mut buffer = vec![0; 1 << 16];
+    let mut length = 0u64;
     loop {
-        bytes
-            .try_reserve_exact(CHUNK as usize)
-            .map_err(|_| input::out_of_memory(path, bytes.len() as u64 + CHUNK))?;
-        let read = (&mut data).take(CHUNK).read_to_end(&mut bytes);
-        let read = read.map_err(|error| {
-            Report::file(path, format!("a damaged gzip stream ({error})"))
-                .expected("a complete gzip file")
-                .remedy(AGAIN)
-                .input()
-        })?;
-        if bytes.len() as u64 > most {
+        let read = data.read(&mut buffer).map_err(|e| damaged(path, &e))?;
+        if read == 0 {
+            break;
+        }
+        let start = length.next_multiple_of(RECORD as u64);
+        for at in (start..length + read as u64).step_by(RECORD) {
+            check_label(path, buffer[(at - length) as usize], at as usize / RECORD)?;
+        }
+        length += read as u64;
+        if length > most {
             return Err(Report::file(path, format!("it unpacks to more than {most} bytes"))
                 .expected(format!(
                     "at most {MAX_RATIO} bytes for each byte of the gzip file, and {MAX_DATASET_BYTES} in all"
@@ -173,10 +174,40 @@ fn unpack(path: &Path, mut data: impl Read, most: u64) -> Result<Vec<u8>> {
                 .remedy("unpack the file first if it is genuine")
                 .limit());
         }
-        if read == 0 {
-            return Ok(bytes);
-        }
     }
+    check_records(path, length)?;
+    Ok(length)
+}
+
+/// The `length` bytes of a gzip stream that [`scan`] found sound.
+fn unpack(path: &Path, data: impl Read, length: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(length as usize)
+        .map_err(|_| input::out_of_memory(path, length))?;
+    let read = data.take(length).read_to_end(&mut bytes);
+    read.map_err(|e| damaged(path, &e))?;
+    check_records(path, bytes.len() as u64)?;
+    Ok(bytes)
+}
+
+fn damaged(path: &Path, error: &std::io::Error) -> Error {
+    Report::file(path, format!("a damaged gzip stream ({error})"))
+        .expected("a complete gzip file")
+        .remedy(AGAIN)
+        .input()
+}
+
+fn check_label(path: &Path, label: u8, record: usize) -> Result<()> {
+    if usize::from(label) < CLASSES {
+        return Ok(());
+    }
+    Err(
+        Report::file(path, format!("label {label} in record {record}"))
+            .expected(format!("0 to {}", CLASSES - 1))
+            .remedy("give a file of the binary version of CIFAR-10")
+            .input(),
+    )
 }
 
 fn check_records(path: &Path, length: u64) -> Result<()> {
@@ -203,14 +234,7 @@ fn take_labels(path: &Path, records: &mut Vec<u8>) -> Result<Vec<u32>> {
     for record in 0..count {
         let at = record * RECORD;
         let label = records[at];
-        if usize::from(label) >= CLASSES {
-            return Err(
-                Report::file(path, format!("label {label} in record {record}"))
-                    .expected(format!("0 to {}", CLASSES - 1))
-                    .remedy("give a file of the binary version of CIFAR-10")
-                    .input(),
-            );
-        }
+        check_label(path, label, record)?;
         labels.push(u32::from(label));
         records.copy_within(at + 1..at + RECORD, record * IMAGE);
     }

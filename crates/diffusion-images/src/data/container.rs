@@ -7,6 +7,11 @@
 
 use super::{MAX_IMAGE_BYTES, MAX_SIDE};
 
+/// How much more memory than it has bytes a JPEG may take to decode, above [`FREE`].
+const MAX_RATIO: u64 = 200;
+/// What any file may take, beside twice its length.
+const FREE: u64 = 64 << 20;
+
 /// What kind of picture the bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -127,7 +132,7 @@ fn check_png(bytes: &[u8]) -> Result<(), Flaw> {
                 "IEND",
             );
         };
-        let name = String::from_utf8_lossy(kind).into_owned();
+        let name = kind.escape_ascii().to_string();
         let data = at + 8;
         // Four bytes of checksum follow the data.
         let next = data as u64 + u64::from(length) + 4;
@@ -247,7 +252,9 @@ fn check_jpeg(bytes: &[u8]) -> Result<(), Flaw> {
                     );
                 };
                 let (height, width) = (u16::from_be_bytes([h1, h0]), u16::from_be_bytes([w1, w0]));
-                if size.replace((width, height)).is_some() {
+                let progressive = matches!(marker, 0xc2 | 0xc6 | 0xca | 0xce);
+                let frame = (width, height, components, progressive);
+                if size.replace(frame).is_some() {
                     return flaw("a second frame header", "one frame");
                 }
                 check_size(width.into(), height.into(), components.max(1).into())?;
@@ -259,9 +266,23 @@ fn check_jpeg(bytes: &[u8]) -> Result<(), Flaw> {
             _ => {}
         }
     }
-    let Some((width, height)) = size.filter(|_| scans > 0) else {
+    let Some((width, height, components, progressive)) = size.filter(|_| scans > 0) else {
         return flaw("an end marker before any image data", "a frame and a scan");
     };
+    // Pixels are held twice while they are decoded, and a progressive file's coefficients, two bytes
+    // each, until the last scan.
+    let values = u64::from(width) * u64::from(height) * u64::from(components);
+    let need = values * if progressive { 4 } else { 2 };
+    let length = bytes.len() as u64;
+    if need > FREE + 2 * length && need > MAX_RATIO * length {
+        return Err(Flaw {
+            found: format!(
+                "{length} bytes for {width}x{height} pixels, which take {need} to decode"
+            ),
+            expected: format!("at least {} bytes", need / MAX_RATIO),
+            limit: true,
+        });
+    }
     // Each block of 8×8 pixels of the largest component takes at least one bit.
     let blocks = u64::from(width.div_ceil(8)) * u64::from(height.div_ceil(8));
     if blocks / 8 > bytes.len() as u64 {
@@ -314,6 +335,25 @@ mod tests {
         assert!(check_size(8192, 8193, 1).unwrap_err().limit);
         assert!(check_size(u32::MAX, u32::MAX, 8).unwrap_err().limit);
         assert!(!check_size(0, 5, 1).unwrap_err().limit);
+    }
+
+    #[test]
+    fn a_jpeg_just_long_enough_and_one_just_too_short_for_its_pixels() {
+        let file = |marker: u8, length: usize| {
+            let mut bytes = vec![0xff, 0xd8, 0xff, marker, 0, 17, 8];
+            bytes.extend([2000u16, 8000].map(u16::to_be_bytes).as_flattened());
+            bytes.extend([3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0]);
+            bytes.extend([0xff, 0xda, 0, 2]);
+            bytes.resize(length - 2, 0);
+            bytes.extend([0xff, 0xd9]);
+            check(&bytes).map_err(|flaw| (flaw.limit, flaw.expected))
+        };
+        // 8000 x 2000 x 3 values, two bytes each; four in a progressive file.
+        assert!(file(0xc0, 480_000).is_ok());
+        let (limit, expected) = file(0xc0, 479_999).unwrap_err();
+        assert!(limit && expected == "at least 480000 bytes", "{expected}");
+        assert!(file(0xc2, 960_000).is_ok());
+        assert!(file(0xc2, 959_999).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! Gzip is recognised by its first bytes, not by the file's name. A header's claim is compared
 //! with the length of the file, or with what a gzip file of that length can hold, before memory
-//! is taken, and memory grows only as fast as real data arrives.
+//! is taken; a gzip file that claims much is unpacked once to check it before it is kept.
 
 use super::dataset::check_total;
 use super::{Dataset, Labels, MAX_IMAGE_BYTES, MAX_SIDE, Pixels, input};
@@ -19,7 +19,10 @@ use std::path::{Path, PathBuf};
 
 /// How much more a gzip file may unpack to than it is long, unless the result is small anyway.
 const MAX_RATIO: u64 = 200;
-const CHUNK: u64 = 4 << 20;
+/// What is read at a time.
+const PIECE: u64 = 64 << 10;
+/// A gzip file that claims more is unpacked twice, the first time to check it.
+const MUCH: u64 = 32 << 20;
 
 /// Images of an IDX file, with labels if the labels file lies beside it.
 ///
@@ -106,6 +109,8 @@ struct Idx<'a> {
     path: &'a Path,
     length: u64,
     gzip: bool,
+    /// Whether `path` can be opened again.
+    on_disk: bool,
     data: Box<dyn Read + 'a>,
 }
 
@@ -113,7 +118,11 @@ impl<'a> Idx<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         let length = input::check_regular(path)?;
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        Self::new(path, length, BufReader::new(file))
+        let idx = Self::new(path, length, BufReader::new(file))?;
+        Ok(Self {
+            on_disk: true,
+            ..idx
+        })
     }
 
     /// `length` bytes that `path` stands for in errors.
@@ -131,6 +140,7 @@ impl<'a> Idx<'a> {
             path,
             length,
             gzip,
+            on_disk: false,
             data,
         })
     }
@@ -150,7 +160,19 @@ impl<'a> Idx<'a> {
             *size = u32::from_be_bytes(word);
         }
         let claim = self.check_sizes(&sizes)?;
-        Ok((sizes, self.body(claim, 4 + 4 * DIMS as u64)?))
+        let header = 4 + 4 * DIMS as u64;
+        if self.gzip && self.on_disk && claim > MUCH {
+            // Once without keeping it, so that memory is taken only for a sound file.
+            let mut first = Self::open(self.path)?;
+            first.fill(&mut vec![0; header as usize], "the header")?;
+            first.body(claim, header, &mut |_| {})?;
+        }
+        let mut values: Vec<u8> = Vec::new();
+        values
+            .try_reserve_exact(claim as usize)
+            .map_err(|_| input::out_of_memory(self.path, claim))?;
+        self.body(claim, header, &mut |piece| values.extend_from_slice(piece))?;
+        Ok((sizes, values))
     }
 
     fn check_sizes(&self, sizes: &[u32]) -> Result<u64> {
@@ -198,27 +220,28 @@ impl<'a> Idx<'a> {
         Ok(claim)
     }
 
-    fn body(mut self, claim: u64, header: u64) -> Result<Vec<u8>> {
-        let mut values: Vec<u8> = Vec::new();
-        while (values.len() as u64) < claim {
-            let wanted = (claim - values.len() as u64).min(CHUNK);
-            values
-                .try_reserve_exact(wanted as usize)
-                .map_err(|_| input::out_of_memory(self.path, claim))?;
-            let read = (&mut self.data).take(wanted).read_to_end(&mut values);
+    /// Gives exactly the bytes that the header claims to `keep`, piece by piece.
+    fn body(mut self, claim: u64, header: u64, keep: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let mut buffer = vec![0; claim.min(PIECE) as usize];
+        let mut left = claim;
+        while left > 0 {
+            let wanted = left.min(PIECE) as usize;
+            let read = self.data.read(&mut buffer[..wanted]);
             let read = read.map_err(|e| self.broken(e))?;
             if read == 0 {
-                let found = format!("the data ends after {} bytes", header + values.len() as u64);
+                let found = format!("the data ends after {} bytes", header + claim - left);
                 return Err(Report::file(self.path, found)
                     .expected(format!("{} bytes as the header claims", claim + header))
                     .remedy(AGAIN)
                     .input());
             }
+            keep(&buffer[..read]);
+            left -= read as u64;
         }
         // The end must be read too: there gzip keeps its checksum.
         let mut beyond = [0; 1];
         match self.data.read(&mut beyond) {
-            Ok(0) => Ok(values),
+            Ok(0) => Ok(()),
             Ok(_) => Err(Report::file(self.path, "more data than the header claims")
                 .expected(format!("{} bytes", claim + header))
                 .remedy(AGAIN)

@@ -13,7 +13,8 @@
 //! Floats without a negative value are refused: they could as well mean 0 to 1. An array that is
 //! read by its shape as either order of channels is refused too. Before memory is taken, the
 //! length that the archive states for an array is compared with the length of its compressed
-//! bytes (at most 200 times as much above 1 MiB), and with the shape in the array's header.
+//! bytes (at most 200 times as much above 1 MiB), and with the shape in the array's header; what
+//! claims much is unpacked once to check it before it is kept.
 
 mod array;
 
@@ -33,7 +34,10 @@ const MAX_RATIO: u64 = 200;
 /// Arrays up to this length do no harm, however well they were compressed.
 const SMALL: u64 = 1 << 20;
 const MAX_LABEL: i128 = 65_535;
-const CHUNK: u64 = 4 << 20;
+/// What is read at a time.
+const PIECE: u64 = 64 << 10;
+/// A compressed array that claims more is unpacked twice, the first time to check it.
+const MUCH: u64 = 32 << 20;
 const AGAIN: &str = "download or copy the file again";
 
 /// Whether a file is a `.npz` file by its name or its first bytes.
@@ -114,17 +118,42 @@ fn find(
                 .unsupported(),
         );
     }
+    let length = input::check_regular(path)?;
+    if packed > length {
+        let found = format!("{packed} bytes in a file of {length}");
+        return Err(damaged(&at, found).expected_bytes(size));
+    }
     check_ratio(&at, size, packed)?;
     if stored && size != packed {
         return Err(damaged(&at, format!("{packed} stored bytes")).expected_bytes(size));
     }
-    let data: Box<dyn Read> = if stored {
-        Box::new(member)
-    } else {
-        Box::new(DeflateDecoder::new(member))
-    };
-    let (header, bytes) = unpack(&at, data, size, checksum)?;
+    drop(member);
+    if size > MUCH && !stored {
+        // Once without keeping it, so that memory is taken only for a sound array.
+        let data = open(path, archive, index)?;
+        unpack(&at, data, size, checksum, &mut |_| {})?;
+    }
+    let mut bytes: Vec<u8> = Vec::new();
+    bytes
+        .try_reserve_exact(size as usize)
+        .map_err(|_| input::out_of_memory(Path::new(&at), size))?;
+    let mut keep = |piece: &[u8]| bytes.extend_from_slice(piece);
+    let data = open(path, archive, index)?;
+    let header = unpack(&at, data, size, checksum, &mut keep)?;
     Ok(Some(Array { at, header, bytes }))
+}
+
+/// The bytes of a member, unpacked.
+fn open<'a>(
+    path: &Path,
+    archive: &'a mut zip::ZipArchive<BufReader<File>>,
+    index: usize,
+) -> Result<Box<dyn Read + 'a>> {
+    let member = archive.by_index_raw(index).map_err(|e| broken(path, e))?;
+    Ok(match member.compression() {
+        CompressionMethod::STORE => Box::new(member),
+        _ => Box::new(DeflateDecoder::new(member)),
+    })
 }
 
 fn check_ratio(at: &str, size: u64, packed: u64) -> Result<()> {
@@ -139,33 +168,37 @@ fn check_ratio(at: &str, size: u64, packed: u64) -> Result<()> {
     check_total(at, size)
 }
 
-/// The header and the values of an array, which fill `size` bytes and no more.
-fn unpack(at: &str, data: impl Read, size: u64, checksum: u32) -> Result<(Header, Vec<u8>)> {
+/// The header of an array, and its values to `keep`, piece by piece; both fill `size` bytes and no
+/// more.
+fn unpack(
+    at: &str,
+    data: impl Read,
+    size: u64,
+    checksum: u32,
+    keep: &mut dyn FnMut(&[u8]),
+) -> Result<Header> {
     let mut data = Summed {
         inner: data,
         sum: Crc::new(),
     };
     let header = Header::read(at, &mut data)?;
-    let claim = header.length + header.bytes()?;
+    let claim = header.length.saturating_add(header.bytes()?);
     if claim != size {
         let found = format!("a header that claims {claim} bytes");
         return Err(damaged(at, found).expected_bytes(size));
     }
-    let body = claim - header.length;
-    let mut bytes: Vec<u8> = Vec::new();
-    while (bytes.len() as u64) < body {
-        let wanted = (body - bytes.len() as u64).min(CHUNK);
-        bytes
-            .try_reserve_exact(wanted as usize)
-            .map_err(|_| input::out_of_memory(Path::new(at), body))?;
-        let read = (&mut data).take(wanted).read_to_end(&mut bytes);
-        if read.map_err(|error| array::unreadable(at, &error))? == 0 {
-            let found = format!(
-                "the data ends after {} bytes",
-                header.length + bytes.len() as u64
-            );
+    let mut left = claim - header.length;
+    let mut buffer = vec![0; left.min(PIECE) as usize];
+    while left > 0 {
+        let wanted = left.min(PIECE) as usize;
+        let read = data.read(&mut buffer[..wanted]);
+        let read = read.map_err(|error| array::unreadable(at, &error))?;
+        if read == 0 {
+            let found = format!("the data ends after {} bytes", claim - left);
             return Err(damaged(at, found).expected_bytes(size));
         }
+        keep(&buffer[..read]);
+        left -= read as u64;
     }
     let mut beyond = [0; 1];
     let more = data
@@ -177,7 +210,7 @@ fn unpack(at: &str, data: impl Read, size: u64, checksum: u32) -> Result<(Header
     if data.sum.sum() != checksum {
         return Err(damaged(at, "a wrong checksum".into()).expected_bytes(size));
     }
-    Ok((header, bytes))
+    Ok(header)
 }
 
 /// A reader that keeps the checksum of what passed.

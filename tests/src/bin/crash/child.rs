@@ -220,12 +220,12 @@ pub fn train(args: &Args) -> Result<ExitCode> {
         signal_hook::flag::register(number, cancel.flag())?;
         signal_hook::flag::register_usize(number, signal.clone(), number as usize)?;
     }
-    let delay = Duration::from_micros(args.slow);
+    let pause = Duration::from_micros(args.slow_steps);
     let announce = move |event: &Event| match event {
         Event::Started { resumed_from } => println!("started {}", resumed_from.unwrap_or(0)),
         Event::Step { step, .. } => {
             println!("step {step}");
-            std::thread::sleep(delay);
+            std::thread::sleep(pause);
         }
         Event::Saving { step } => println!("saving {step}"),
         Event::Saved { step, .. } => println!("saved {step}"),
@@ -241,7 +241,7 @@ pub fn train(args: &Args) -> Result<ExitCode> {
         .identity(args.model.name())
         .storage(Box::new(Slow {
             disk: DiskStorage::new(),
-            delay,
+            delay: Duration::from_micros(args.slow_files),
         }));
     let metrics = JsonLines::new(args.out.join("metrics.jsonl"));
     let started = Instant::now();

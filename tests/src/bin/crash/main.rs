@@ -6,7 +6,7 @@
 //! SIGINT, and starts a second writer on a folder in use.
 //!
 //! ```text
-//! crash --kills 20 --seed 0
+//! crash --kills 20 --signals 10 --seed 0
 //! ```
 
 mod child;
@@ -25,6 +25,9 @@ struct Args {
     /// How many times to kill.
     #[arg(long, default_value_t = 20)]
     kills: u64,
+    /// How many times to ask a run to stop, with SIGTERM and SIGINT in turn.
+    #[arg(long, default_value_t = 10)]
+    signals: u64,
     /// Chooses the moments.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -37,9 +40,12 @@ struct Args {
     /// What the child trains.
     #[arg(long, hide = true, default_value = "mlp")]
     model: Model,
+    /// Microseconds that each step takes longer.
+    #[arg(long, hide = true, default_value_t = 0)]
+    slow_steps: u64,
     /// Microseconds that each operation on files takes longer.
     #[arg(long, hide = true, default_value_t = 0)]
-    slow: u64,
+    slow_files: u64,
 }
 
 /// The two models.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use diffusion_ops::rng::{Key, stream};
 
-use crate::running::Running;
+use crate::running::{Pace, Running};
 use crate::{Args, Model};
 
 /// Every file of a run but the lock, by relative path.
@@ -66,10 +66,22 @@ fn same(expected: &BTreeMap<String, Vec<u8>>, run: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Microseconds that each operation takes longer, so that a kill lands where it is meant to.
-const SLOW: u64 = 2000;
+/// As fast as it can.
+const FULL: Pace = Pace { steps: 0, files: 0 };
+/// So slow that a kill lands where it is meant to.
+const SLOW: Pace = Pace {
+    steps: 2000,
+    files: 2000,
+};
+/// Steps so slow that a signal arrives within one.
+const STEADY: Pace = Pace {
+    steps: 10_000,
+    files: 0,
+};
 /// Threads of the children, but for the one that shows that they don't matter.
 const THREADS: usize = 2;
+/// What is trained, in turn.
+const MODELS: [Model; 2] = [Model::Mlp, Model::Unet];
 /// Kills before a run is let to its end.
 const KILLS_PER_RUN: u64 = 5;
 
@@ -81,7 +93,7 @@ struct Tally {
 
 fn reference(model: Model, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let run = scratch.join(format!("{}-whole", model.name()));
-    let mut running = Running::start(model, &run, 0, THREADS)?;
+    let mut running = Running::start(model, &run, FULL, THREADS)?;
     ensure!(
         running.wait_for("finished "),
         "the run without kills did not finish"
@@ -168,7 +180,7 @@ fn one_run(
         );
     }
     let wanted = newest(run);
-    let mut running = Running::start(model, run, 0, THREADS)?;
+    let mut running = Running::start(model, run, FULL, THREADS)?;
     let finished = running.wait_for("finished ");
     running.drain();
     ensure!(finished, "the run did not finish after {done} kills");
@@ -178,50 +190,86 @@ fn one_run(
     Ok(())
 }
 
-fn signals(model: Model, scratch: &Path, expected: &BTreeMap<String, Vec<u8>>) -> Result<()> {
-    for (name, code) in [("TERM", 143), ("INT", 130)] {
-        let run = scratch.join(format!("{}-{name}", model.name()));
-        let mut running = Running::start(model, &run, SLOW, THREADS)?;
-        ensure!(
-            running.wait_for("step 13"),
-            "the child did not reach step 13"
-        );
-        let at = Instant::now();
-        running.signal(name)?;
-        let status = running.process.wait()?;
-        let took = at.elapsed();
-        running.drain();
-        ensure!(
-            status.code() == Some(code),
-            "SIG{name}: {status}; expected exit code {code}"
-        );
-        ensure!(took < Duration::from_secs(2), "SIG{name}: took {took:?}");
-        ensure!(
-            newest(&run) == running.step,
-            "SIG{name}: stopped after step {} and saved step {}",
-            running.step,
-            newest(&run)
-        );
-        let stopped = running.step;
-        let mut resumed = Running::start(model, &run, 0, THREADS)?;
-        ensure!(
-            resumed.wait_for("finished "),
-            "the run did not finish after SIG{name}"
-        );
-        resumed.drain();
-        check_start(&resumed, stopped, stopped, 0)?;
-        same(expected, &run)?;
-        let ms = took.as_millis();
-        println!("SIG{name}: saved step {stopped} and ended with {code} in {ms} ms, bit-exact");
+/// Sends SIGTERM and SIGINT in turn, at steps that the seed chooses.
+fn signals(args: &Args, scratch: &Path, expected: &[BTreeMap<String, Vec<u8>>; 2]) -> Result<()> {
+    let mut slowest = Duration::ZERO;
+    for number in 0..args.signals {
+        let plan = Key::new(args.seed, stream::TEST).item(u64::MAX - number);
+        let (name, code) = [("TERM", 143), ("INT", 130)][number as usize % 2];
+        let which = usize::from(number % 5 == 4);
+        let model = MODELS[which];
+        let run = scratch.join(format!("signal-{number}"));
+        let at = 1 + plan.below(25);
+        let took =
+            one_signal(model, &run, name, code, at, &expected[which]).with_context(|| {
+                format!("signal {number} ({}), SIG{name} at step {at}", model.name())
+            })?;
+        slowest = slowest.max(took);
+        fs::remove_dir_all(&run)?;
     }
+    println!(
+        "signals: {} of {} saved within a step, ended with their code within {} ms and resumed \
+         bit-exact",
+        args.signals,
+        args.signals,
+        slowest.as_millis()
+    );
     Ok(())
+}
+
+/// Signals a run when it reaches a step, checks what it saves, and resumes it to the end.
+fn one_signal(
+    model: Model,
+    run: &Path,
+    name: &str,
+    code: i32,
+    at: u64,
+    expected: &BTreeMap<String, Vec<u8>>,
+) -> Result<Duration> {
+    let mut running = Running::start(model, run, STEADY, THREADS)?;
+    ensure!(
+        running.wait_for(&format!("step {at}")),
+        "the child did not reach step {at}"
+    );
+    let reached = Instant::now();
+    running.signal(name)?;
+    let sent = reached.elapsed();
+    let status = running.process.wait()?;
+    let took = reached.elapsed();
+    running.drain();
+    ensure!(
+        status.code() == Some(code),
+        "{status}; expected exit code {code}"
+    );
+    ensure!(took < Duration::from_secs(2), "took {took:?}");
+    let stopped = running.step;
+    ensure!(
+        newest(run) == stopped,
+        "stopped after step {stopped} and saved step {}",
+        newest(run)
+    );
+    // The step that was under way, and those for which sending the signal took long enough.
+    let late = sent.as_micros() as u64 / STEADY.steps;
+    ensure!(
+        stopped <= at + 1 + late,
+        "went on to step {stopped}; the signal took {sent:?}"
+    );
+    let mut resumed = Running::start(model, run, FULL, THREADS)?;
+    ensure!(
+        resumed.wait_for("finished "),
+        "the resumed run did not finish"
+    );
+    resumed.drain();
+    check_start(&resumed, stopped, stopped, 0)?;
+    same(expected, run)?;
+    Ok(took)
 }
 
 fn second_writer(model: Model, scratch: &Path) -> Result<()> {
     let run = scratch.join("two-writers");
     let mut first = Running::start(model, &run, SLOW, THREADS)?;
     ensure!(first.wait_for("step "), "the first writer did not start");
-    let mut second = Running::start(model, &run, 0, THREADS)?;
+    let mut second = Running::start(model, &run, FULL, THREADS)?;
     let line = second
         .line(Duration::from_secs(10))
         .context("the second writer said nothing")?;
@@ -277,10 +325,9 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         exact: 0,
         inside: 0,
     };
-    let models = [Model::Mlp, Model::Unet];
     let expected = [
-        reference(models[0], &scratch.0)?,
-        reference(models[1], &scratch.0)?,
+        reference(MODELS[0], &scratch.0)?,
+        reference(MODELS[1], &scratch.0)?,
     ];
     let mut round = 0;
     while tally.kills < args.kills {
@@ -290,7 +337,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         let kills = KILLS_PER_RUN.min(args.kills - tally.kills);
         let before = (tally.kills, tally.inside);
         one_run(
-            models[which],
+            MODELS[which],
             &run,
             plan,
             kills,
@@ -300,7 +347,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
         .with_context(|| {
             format!(
                 "run {round} ({}), after kill {}",
-                models[which].name(),
+                MODELS[which].name(),
                 tally_text(before)
             )
         })?;
@@ -311,7 +358,7 @@ pub fn kill_and_compare(args: &Args) -> Result<()> {
             "the children end before they can be killed"
         );
     }
-    signals(Model::Mlp, &scratch.0, &expected[0])?;
+    signals(args, &scratch.0, &expected)?;
     second_writer(Model::Mlp, &scratch.0)?;
     println!(
         "crash: {} kills, {} bit-exact, {} inside a write",

@@ -10,6 +10,15 @@ use anyhow::{Context, Result, ensure};
 
 use crate::Model;
 
+/// Microseconds that a child takes longer.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// For each step.
+    pub steps: u64,
+    /// For each operation on files, which it then announces.
+    pub files: u64,
+}
+
 /// A child and what it has said so far.
 pub struct Running {
     /// The process itself.
@@ -25,14 +34,16 @@ pub struct Running {
 
 impl Running {
     /// Starts a child; `threads` bounds those that the tensor library uses.
-    pub fn start(model: Model, out: &Path, slow: u64, threads: usize) -> Result<Self> {
+    pub fn start(model: Model, out: &Path, pace: Pace, threads: usize) -> Result<Self> {
         let mut process = Command::new(std::env::current_exe()?)
             .args([
                 "--child",
                 "--model",
                 model.name(),
-                "--slow",
-                &slow.to_string(),
+                "--slow-steps",
+                &pace.steps.to_string(),
+                "--slow-files",
+                &pace.files.to_string(),
                 "--out",
             ])
             .arg(out)

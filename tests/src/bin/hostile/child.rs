@@ -8,9 +8,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use diffusion_tests::targets::{Format, Verdict, read};
+use diffusion_tests::targets::{Format, Verdict, helps, read};
 
 static PANIC: Mutex<String> = Mutex::new(String::new());
+
+/// Milliseconds after which a file is read again to see whether it was the file.
+const SLOW: u128 = 500;
 
 /// Reads the files of a list (`format <tab> path` a line) from number `skip` on.
 pub fn read_all(list: &Path, skip: usize) -> Result<()> {
@@ -30,10 +33,19 @@ pub fn read_all(list: &Path, skip: usize) -> Result<()> {
         let before = memory("VmRSS:").max(memory_floor());
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| read(format, Path::new(path))));
-        let millis = start.elapsed().as_millis();
+        let mut millis = start.elapsed().as_millis();
         let grown = memory("VmHWM:").saturating_sub(before);
+        // A busy machine makes anything slow once; what is slow three times is slow itself.
+        for _ in 0..2 {
+            if millis > SLOW {
+                let start = Instant::now();
+                let _ = catch_unwind(AssertUnwindSafe(|| read(format, Path::new(path))));
+                millis = millis.min(start.elapsed().as_millis());
+            }
+        }
         let (verdict, text) = match result {
-            Ok(Verdict::Refused(text)) => ("refused", text),
+            Ok(Verdict::Refused(text)) if helps(&text) => ("refused", text),
+            Ok(Verdict::Refused(text)) => ("vague", text),
             Ok(Verdict::Accepted) => ("accepted", String::new()),
             Ok(Verdict::Inconsistent(text)) => ("inconsistent", text),
             Err(_) => (

@@ -2,8 +2,9 @@
 //!
 //! The files are read by a child of this program with 1 GiB of address space. A panic, more than a
 //! second, or more memory than 64 MiB and twice the file is a finding; so is a file that is accepted
-//! although what was read contradicts itself. When a child dies or falls silent, the file that it was
-//! at is the finding, and another child goes on behind it.
+//! although what was read contradicts itself, and a message without a place, an expectation or a
+//! remedy. When a child dies or falls silent, the file that it was at is the finding, and another
+//! child goes on behind it.
 //!
 //! ```text
 //! hostile --format pth --files 500 --seed 0
@@ -24,7 +25,7 @@ struct Args {
     /// Only this format.
     #[arg(long)]
     format: Option<Format>,
-    /// At least so many files for each format.
+    /// At least so many refused files of each format.
     #[arg(long, default_value_t = 500)]
     files: usize,
     /// Chooses what is damaged.

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use diffusion_tests::hostile::{Sample, files};
+use diffusion_tests::hostile::{Maker, Sample};
 use diffusion_tests::targets::{Bench, Format};
 
 use crate::Args;
@@ -18,6 +18,8 @@ const CEILING: u64 = 1 << 20;
 const HANG: u128 = 1000;
 /// When a silent child is given up.
 const SILENCE: Duration = Duration::from_secs(20);
+/// A format is given up when so many times the files asked for were made and still too few refused.
+const PATIENCE: usize = 20;
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -25,84 +27,165 @@ struct Tally {
     refused: usize,
     accepted: usize,
     inconsistent: usize,
+    vague: usize,
     panics: usize,
     hangs: usize,
     excesses: usize,
+    slowest: u128,
     worst: u64,
-    findings: Vec<(usize, String)>,
 }
 
 impl Tally {
     fn bad(&self) -> usize {
-        self.inconsistent + self.panics + self.hangs + self.excesses
+        self.inconsistent + self.vague + self.panics + self.hangs + self.excesses
     }
+}
+
+/// Files that are read together, and what was found about them, by number.
+struct Round {
+    samples: Vec<Sample>,
+    findings: Vec<(usize, String)>,
 }
 
 /// Reads everything and prints the table.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let bench = Bench::new()?;
     println!(
-        "{:<12} {:>6} {:>8} {:>9} {:>13} {:>7} {:>6} {:>9}  memory at worst",
-        "format", "files", "refused", "accepted", "contradictory", "panics", "hangs", "too much"
+        "{:<12} {:>6} {:>8} {:>9} {:>13} {:>6} {:>7} {:>6} {:>9} {:>11} {:>13}",
+        "format",
+        "files",
+        "refused",
+        "accepted",
+        "contradictory",
+        "vague",
+        "panics",
+        "hangs",
+        "too much",
+        "at most ms",
+        "at most MiB"
     );
     let mut bad = 0;
+    let mut short = 0;
     for format in Format::ALL {
         if args.format.is_some_and(|only| only != format) {
             continue;
         }
-        let samples = files(format, args.files, args.seed, &bench)?;
-        let tally = one(format, &samples, &bench)?;
+        let (tally, findings) = one(format, args, &bench)?;
         bad += tally.bad();
+        short += usize::from(tally.refused < args.files);
         println!(
-            "{:<12} {:>6} {:>8} {:>9} {:>13} {:>7} {:>6} {:>9}  {} MiB",
+            "{:<12} {:>6} {:>8} {:>9} {:>13} {:>6} {:>7} {:>6} {:>9} {:>11} {:>13}",
             format.name(),
             tally.files,
             tally.refused,
             tally.accepted,
             tally.inconsistent,
+            tally.vague,
             tally.panics,
             tally.hangs,
             tally.excesses,
+            tally.slowest,
             tally.worst >> 10,
         );
-        for (number, what) in &tally.findings {
-            let sample = &samples[*number];
-            println!("  {}: {what}", sample.what);
+        findings.iter().for_each(|finding| println!("  {finding}"));
+    }
+    if bad > 0 || short > 0 {
+        println!("{bad} findings; {short} formats with fewer refused files than asked for");
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("no panic, no hang, no excess, no contradiction, no vague message");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes files of a format and reads them until enough were refused.
+fn one(format: Format, args: &Args, bench: &Bench) -> Result<(Tally, Vec<String>)> {
+    let mut maker = Maker::new(format, args.seed, bench)?;
+    let (mut tally, mut findings) = (Tally::default(), Vec::new());
+    let most = maker.thought_of() + PATIENCE * args.files;
+    while tally.files == 0 || tally.refused < args.files && tally.files < most {
+        // All that somebody thought of; then a few more than are missing, since some are accepted.
+        let missing = args.files.saturating_sub(tally.refused);
+        let count = maker.thought_of().max(missing + missing / 4 + 8);
+        let mut round = Round {
+            samples: maker.by_ref().take(count).collect(),
+            findings: Vec::new(),
+        };
+        let first = tally.files;
+        tally.files += round.samples.len();
+        round.read(format, bench, &mut tally)?;
+        for (number, what) in &round.findings {
+            let sample = &round.samples[*number];
+            findings.push(format!("{}: {what}", sample.what));
             if let Some(folder) = &args.keep {
                 std::fs::create_dir_all(folder)?;
-                let name = format!("{}-{number}-{}", format.name(), sample.name);
+                let name = format!("{}-{}-{}", format.name(), first + number, sample.name);
                 std::fs::write(folder.join(name), &sample.bytes)?;
             }
         }
     }
-    if bad > 0 {
-        println!("{bad} findings");
-        return Ok(ExitCode::FAILURE);
-    }
-    println!("no panic, no hang, no excess, no contradiction");
-    Ok(ExitCode::SUCCESS)
+    Ok((tally, findings))
 }
 
-fn one(format: Format, samples: &[Sample], bench: &Bench) -> Result<Tally> {
-    let scratch = tempfile::tempdir()?;
-    let mut list = String::new();
-    for (number, sample) in samples.iter().enumerate() {
-        let folder = scratch.path().join(number.to_string());
-        let path = bench.stage(format, &sample.name, &sample.bytes, &folder)?;
-        list.push_str(&format!("{}\t{}\n", format.name(), path.display()));
+impl Round {
+    fn read(&mut self, format: Format, bench: &Bench, tally: &mut Tally) -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let mut list = String::new();
+        for (number, sample) in self.samples.iter().enumerate() {
+            let folder = scratch.path().join(number.to_string());
+            let path = bench.stage(format, &sample.name, &sample.bytes, &folder)?;
+            list.push_str(&format!("{}\t{}\n", format.name(), path.display()));
+        }
+        let list_file = scratch.path().join("list");
+        std::fs::write(&list_file, list)?;
+        let mut next = 0;
+        while next < self.samples.len() {
+            next = Reader::start(&list_file, next)?.watch(self, tally)?;
+        }
+        Ok(())
     }
-    let list_file = scratch.path().join("list");
-    std::fs::write(&list_file, list)?;
-    let mut tally = Tally {
-        files: samples.len(),
-        ..Tally::default()
-    };
-    let mut next = 0;
-    while next < samples.len() {
-        let mut reader = Reader::start(&list_file, next)?;
-        next = reader.watch(samples, &mut tally)?;
+
+    /// Takes note of a line of a child: `number verdict millis KiB message`.
+    fn count(&mut self, line: &str, tally: &mut Tally) -> Result<()> {
+        let mut words = line.splitn(5, ' ');
+        let mut word = || words.next().context("a short line from a child");
+        let (number, verdict): (usize, &str) = (word()?.parse()?, word()?);
+        let (millis, grown): (u128, u64) = (word()?.parse()?, word()?.parse()?);
+        let text = word().unwrap_or_default();
+        let mut find = |what: String| self.findings.push((number, what));
+        match verdict {
+            "refused" => tally.refused += 1,
+            "vague" => {
+                tally.refused += 1;
+                tally.vague += 1;
+                find(format!("a message that does not help: {text}"));
+            }
+            "accepted" => tally.accepted += 1,
+            "inconsistent" => {
+                tally.inconsistent += 1;
+                find(format!("contradictory: {text}"));
+            }
+            _ => {
+                tally.panics += 1;
+                find(format!("panic: {text}"));
+            }
+        }
+        tally.slowest = tally.slowest.max(millis);
+        if millis > HANG {
+            tally.hangs += 1;
+            find(format!("{millis} ms"));
+        }
+        tally.worst = tally.worst.max(grown);
+        let allowed = self.samples[number].allowance();
+        if grown << 10 > allowed {
+            tally.excesses += 1;
+            find(format!(
+                "{} MiB; allowed are {}",
+                grown >> 10,
+                allowed >> 20
+            ));
+        }
+        Ok(())
     }
-    Ok(tally)
 }
 
 /// A child and what it says.
@@ -123,9 +206,13 @@ impl Reader {
             .args(["--skip", &skip.to_string()])
             // Threads cost address space, not memory.
             .env("RAYON_NUM_THREADS", "2")
-            .env("MALLOC_ARENA_MAX", "2")
-            // Large blocks go back to the system, so that one file does not pay for another.
-            .env("MALLOC_MMAP_THRESHOLD_", "65536")
+            // What is freed goes back to the system, so that the growth that one file causes is
+            // not hidden by what another has left.
+            .env(
+                "GLIBC_TUNABLES",
+                "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=65536:\
+                 glibc.malloc.trim_threshold=65536",
+            )
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -143,87 +230,46 @@ impl Reader {
     }
 
     /// Counts what the child says until it ends, and gives the number of the next file.
-    fn watch(&mut self, samples: &[Sample], tally: &mut Tally) -> Result<usize> {
-        let mut current = None;
-        let mut next = samples.len();
+    fn watch(&mut self, round: &mut Round, tally: &mut Tally) -> Result<usize> {
+        let mut current: Option<usize> = None;
         loop {
             match self.lines.recv_timeout(SILENCE) {
                 Ok(line) => match line.strip_prefix("done ") {
                     Some(line) => {
                         current = None;
-                        count(line, samples, tally)?;
+                        round.count(line, tally)?;
                     }
                     None => current = line.strip_prefix("start ").and_then(|n| n.parse().ok()),
                 },
                 Err(RecvTimeoutError::Timeout) => {
                     self.process.kill()?;
-                    let number: usize = current.context("a child that never began")?;
+                    let number = current.context("a child that never began")?;
                     tally.hangs += 1;
-                    tally
+                    round
                         .findings
                         .push((number, format!("silent for {SILENCE:?}")));
-                    next = number + 1;
-                    break;
+                    return Ok(number + 1);
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         let status = self.process.wait()?;
-        if next == samples.len()
-            && let Some(number) = current
-        {
+        if let Some(number) = current {
             tally.panics += 1;
-            tally
+            round
                 .findings
                 .push((number, format!("ended the process: {status}")));
             return Ok(number + 1);
         }
-        anyhow::ensure!(
-            status.success() || next < samples.len(),
-            "a child failed: {status}"
-        );
-        Ok(next)
+        anyhow::ensure!(status.success(), "a child failed: {status}");
+        Ok(round.samples.len())
     }
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
+        // Fine when it has ended by itself.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// `number verdict millis KiB message`.
-fn count(line: &str, samples: &[Sample], tally: &mut Tally) -> Result<()> {
-    let mut words = line.splitn(5, ' ');
-    let mut word = || words.next().context("a short line from a child");
-    let (number, verdict): (usize, &str) = (word()?.parse()?, word()?);
-    let (millis, grown): (u128, u64) = (word()?.parse()?, word()?.parse()?);
-    let text = word().unwrap_or_default();
-    match verdict {
-        "refused" => tally.refused += 1,
-        "accepted" => tally.accepted += 1,
-        "inconsistent" => {
-            tally.inconsistent += 1;
-            tally
-                .findings
-                .push((number, format!("contradictory: {text}")));
-        }
-        _ => {
-            tally.panics += 1;
-            tally.findings.push((number, format!("panic: {text}")));
-        }
-    }
-    if millis > HANG {
-        tally.hangs += 1;
-        tally.findings.push((number, format!("{millis} ms")));
-    }
-    tally.worst = tally.worst.max(grown);
-    let allowed = samples[number].allowance();
-    if grown << 10 > allowed {
-        tally.excesses += 1;
-        let found = format!("{} MiB; allowed are {}", grown >> 10, allowed >> 20);
-        tally.findings.push((number, found));
-    }
-    Ok(())
 }

@@ -131,8 +131,9 @@ impl Config {
         let text = quote_infinities(text);
         let mut reader = serde_json::Deserializer::from_str(&text);
         let config: Config = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-            Report::new(at, format!("{}: {}", error.path(), error.inner()))
+            Report::field(at, error.path(), error.inner())
                 .expected("a diffusers scheduler configuration")
+                .remedy("correct the file, or get it again")
                 .input()
         })?;
         config.check(at)?;
@@ -150,6 +151,7 @@ impl Config {
                         CLASSES.join(", "),
                         TABLES.join(", ")
                     ))
+                    .remedy("give the configuration of one of these")
                     .unsupported(),
             );
         }
@@ -159,6 +161,7 @@ impl Config {
                 self.num_train_timesteps,
             )
             .expected("1 to 1000000")
+            .remedy("correct the file, or get it again")
             .config());
         }
         one_of(
@@ -255,6 +258,7 @@ impl Config {
                 return Err(
                     Report::new(format!("{at}: solver_order"), self.solver_order)
                         .expected("1 or 2")
+                        .remedy("this version does not have it yet")
                         .unsupported(),
                 );
             }
@@ -275,6 +279,7 @@ impl Config {
             return Err(
                 Report::new(at, "use_karras_sigmas and use_exponential_sigmas")
                     .expected("at most one of them")
+                    .remedy("correct the file, or get it again")
                     .config(),
             );
         }
@@ -301,7 +306,7 @@ fn one_of(at: &str, value: &str, known: &[&str], open: &[&str]) -> Result<()> {
         true => report
             .remedy("this version does not have it yet")
             .unsupported(),
-        false => report.config(),
+        false => report.remedy("correct the file, or get it again").config(),
     })
 }
 

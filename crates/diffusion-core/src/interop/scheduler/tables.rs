@@ -47,6 +47,7 @@ pub fn table(config: &Config, at: &str) -> Result<Table> {
     {
         return Err(Report::new(format!("{at}: betas[{i}]"), beta)
             .expected("a value in [0, 1]")
+            .remedy("choose other ends of the schedule")
             .config());
     }
     let betas = if config.rescale_betas_zero_snr {

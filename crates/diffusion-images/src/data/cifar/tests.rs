@@ -96,11 +96,18 @@ fn labels_and_other_formats_are_named() {
 fn a_gzip_file_may_not_unpack_absurdly() {
     // Just below and just above what is allowed, whatever the ratio.
     let path = Path::new("x.bin.gz");
-    assert_eq!(unpack(path, [7u8; 100].as_slice(), 100).unwrap(), [7; 100]);
+    let zeros = vec![0u8; 2 * RECORD];
+    let length = zeros.len() as u64;
+    assert_eq!(scan(path, zeros.as_slice(), length).unwrap(), length);
+    assert_eq!(unpack(path, zeros.as_slice(), length).unwrap(), zeros);
     assert!(matches!(
-        unpack(path, [7u8; 101].as_slice(), 100),
+        scan(path, zeros.as_slice(), length - 1),
         Err(Error::Limit(_))
     ));
+    let mut bad = zeros.clone();
+    bad[RECORD] = 10;
+    let message = scan(path, bad.as_slice(), length).unwrap_err().to_string();
+    assert!(message.contains("label 10 in record 1"), "{message}");
     let folder = tempfile::tempdir().unwrap();
     let bomb = folder.path().join("bomb.bin.gz");
     let count = MAX_IMAGE_BYTES as usize / RECORD + 1;
