@@ -86,7 +86,7 @@ impl ClassifierConfig {
         }
         Self {
             architecture: Architecture::Convolutional { channels: 16 },
-            epochs: passes(80_000),
+            epochs: passes(64_000),
             shift: 0.06 * side as f64,
             ..Self::default()
         }

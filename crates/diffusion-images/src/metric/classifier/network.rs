@@ -20,10 +20,10 @@ pub enum Architecture {
         /// Width of the first layer.
         hidden: usize,
     },
-    /// 3×3 convolutions that halve the map until its longer side has at most 8 pixels, and one rectified
-    /// layer over what is left.
+    /// Convolutions that halve the map until its longer side has at most 8 pixels, the first of 5×5 and
+    /// the others of 3×3 pixels, one more of that size, and one rectified layer over what is left.
     Convolutional {
-        /// Channels of the first convolution; they double with each halving, up to four times these.
+        /// Channels of the first convolution; they double with each further one, up to four times these.
         channels: usize,
     },
 }
@@ -57,20 +57,24 @@ impl Layers {
             Architecture::Convolutional { channels: first } => {
                 let (mut inputs, mut outputs) = (channels, first);
                 let (mut height, mut width) = (height, width);
-                let mut layer = |inputs, outputs, stride| {
+                let mut layer = |inputs, outputs, kernel, stride| {
                     let config = Conv2dConfig {
                         stride,
-                        ..Conv2dConfig::same(inputs, outputs, 3)
+                        ..Conv2dConfig::same(inputs, outputs, kernel)
                     };
                     let name = scope.sub("convolutions").sub(convolutions.len());
                     convolutions.push(Conv2d::new(&name, config)?);
                     diffusion_nn::Result::Ok(())
                 };
-                layer(inputs, outputs, 1)?;
-                while height.max(width) > SMALL_MAP {
-                    (inputs, outputs) = (outputs, (2 * outputs).min(WIDEN * first));
+                loop {
+                    let halve = height.max(width) > SMALL_MAP;
+                    let kernel = if inputs == channels { 5 } else { 3 };
+                    layer(inputs, outputs, kernel, if halve { 2 } else { 1 })?;
+                    if !halve {
+                        break;
+                    }
                     (height, width) = (height.div_ceil(2), width.div_ceil(2));
-                    layer(inputs, outputs, 2)?;
+                    (inputs, outputs) = (outputs, (2 * outputs).min(WIDEN * first));
                 }
                 widths.push(outputs * height * width);
             }
