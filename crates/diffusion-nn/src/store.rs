@@ -255,16 +255,18 @@ impl Store {
                 if !used.insert(name.clone()) {
                     return Err(duplicate(&name));
                 }
-                // A stand-in lets the construction go on, so that the report is complete.
-                let stand_in = Tensor::zeros(shape.clone(), dtype, device)?;
+                // A stand-in lets the construction go on, so that the report is complete. It is one
+                // zero, however large a shape the configuration claims.
+                let stand_in = || Tensor::zeros(1, dtype, device)?.broadcast_as(shape.clone());
                 let Some(value) = weights.get(&name) else {
                     report.missing.push(name);
-                    return Ok(stand_in);
+                    return Ok(stand_in()?);
                 };
                 let tracked = value.is_variable();
-                let value = self
-                    .convert(&name, value, &shape, report)?
-                    .unwrap_or(stand_in);
+                let value = match self.convert(&name, value, &shape, report)? {
+                    Some(value) => value,
+                    None => stand_in()?,
+                };
                 Ok(if tracked { value.copy()? } else { value })
             }
         }
