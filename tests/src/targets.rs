@@ -308,7 +308,8 @@ fn make_base() -> anyhow::Result<tempfile::TempDir> {
         .into_iter()
         .map(|(name, var)| (name, var.as_tensor().clone()))
         .collect();
-    model::save(&folder.path().join("model"), &config, &[], &weights)?;
+    let names: Vec<String> = (0..10).map(|k: u32| k.to_string()).collect();
+    model::save(&folder.path().join("model"), &config, &names, &weights)?;
     let run = folder.path().join("run");
     std::fs::create_dir(&run)?;
     let mut checkpoints = Checkpoints::open(&run, Box::new(DiskStorage::new()), Keep::default())?;

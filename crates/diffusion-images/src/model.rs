@@ -71,7 +71,8 @@ pub struct SampleRequest {
 /// classes; its last label is the withheld one.
 ///
 /// # Errors
-/// `Io`, and `Config` when the process has no counterpart in diffusers.
+/// `Io`, and `Config` when the names are not one fewer than the labels, or when the process has no
+/// counterpart in diffusers.
 pub fn save(
     path: &Path,
     config: &ImageConfig,
@@ -83,17 +84,22 @@ pub fn save(
     SavedModel::new(
         network,
         weights.clone(),
-        trained(config, classes),
+        trained(config, classes)?,
         scheduler,
     )?
     .write(path)
 }
 
 /// The classes of a network in training.
-fn trained(config: &ImageConfig, names: &[String]) -> Classes {
+fn trained(config: &ImageConfig, names: &[String]) -> Result<Classes> {
     match config.network.num_class_embeds {
-        Some(_) => Classes::with_null_last(names.to_vec()),
-        None => Classes::default(),
+        Some(labels) if labels != names.len() + 1 => {
+            Err(Report::new("network.num_class_embeds", labels)
+                .expected(format!("{}: one a class, and one more", names.len() + 1))
+                .config())
+        }
+        Some(_) => Ok(Classes::with_null_last(names.to_vec())),
+        None => Ok(Classes::default()),
     }
 }
 
@@ -145,7 +151,7 @@ impl ImageModel {
             network,
             config: config.network.clone(),
             scheduler: Scheduler::from_json(&scheduler, "scheduler of the configuration")?,
-            classes: trained(config, classes),
+            classes: trained(config, classes)?,
             folder: None,
             device: device.clone(),
             parameters: weights.values().map(Tensor::elem_count).sum(),

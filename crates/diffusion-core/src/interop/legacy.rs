@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::unpickle::{Flaw, View, programs};
+use super::unpickle::{Flaw, Step, View, programs};
 use crate::error::{Error, Report, Result};
 use crate::limits::Limits;
 
@@ -46,10 +46,7 @@ impl Legacy {
     ///
     /// # Errors
     /// `Limit` above `limits`, `Io` when it cannot be read; what else is wrong comes as a [`Flaw`].
-    pub fn open(
-        path: &Path,
-        limits: &Limits,
-    ) -> Result<std::result::Result<(Self, BTreeMap<String, View>), Flaw>> {
+    pub fn open(path: &Path, limits: &Limits) -> Result<Step<(Self, BTreeMap<String, View>)>> {
         let io = |e| Error::io(path, e);
         let mut file = File::open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
