@@ -104,8 +104,10 @@ def loss_weights(config, alpha_bar):
         on_epsilon = torch.ones_like(snr)
     elif weight["kind"] == "min_snr":
         on_epsilon = (weight["gamma"] / snr).clamp(max=1)
+    elif weight["kind"] == "velocity":
+        on_epsilon = 1 / alpha_bar
     else:
-        refuse("weight.kind", weight["kind"], "simple or min_snr")
+        refuse("weight.kind", weight["kind"], "simple, min_snr or velocity")
     factor = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": alpha_bar}
     return (on_epsilon * factor[config["predicts"]]).float()
 

@@ -5,16 +5,20 @@
 //! seeds of training and sampling, beside baselines that a sceptic would ask for.
 
 mod baselines;
+mod jobs;
 mod pictures;
 mod plan;
 mod rows;
 mod study;
 mod vae;
 
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use diffusion_core::report::Results;
+use jobs::Job;
 use std::path::PathBuf;
 use std::time::Instant;
+use study::Study;
 
 /// How much work to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -50,7 +54,7 @@ pub struct Options {
     only: Option<String>,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> Result<()> {
     let options = Options::parse();
     anyhow::ensure!(
         options.device == "cpu",
@@ -70,12 +74,31 @@ fn main() -> anyhow::Result<()> {
         "--only {}: expected digits, mnist or emoji",
         options.only.as_deref().unwrap_or_default()
     );
-    for plan in &plans {
-        // On a thread of the pool, or every parallel loop would begin by waking one.
-        rayon::scope(|_| study::run(&options, plan, &mut results))?;
-        // What is measured is kept, whatever happens to the next study.
-        results.write(&options.out)?;
+    // Classifiers first, then the seeds of all studies; the dearest begins, so that all end together.
+    let prepare = plans.iter().map(|plan| Job {
+        cost: plan.cost(0),
+        work: Box::new(|| Study::prepare(&options, plan)),
+    });
+    let studies = jobs::run(prepare.collect())?;
+    let judges = studies
+        .iter()
+        .map(Study::judge)
+        .collect::<Result<Vec<_>>>()?;
+    let mut work = Vec::new();
+    for (study, judge) in studies.iter().zip(&judges) {
+        for place in 0..study.plan.seeds.len() {
+            work.push(Job {
+                cost: study.plan.cost(place),
+                work: Box::new(move || study.seed(judge, place)),
+            });
+        }
     }
+    let mut parts = jobs::run(work)?.into_iter();
+    for study in &studies {
+        let own = parts.by_ref().take(study.plan.seeds.len()).collect();
+        study.finish(own, &mut results)?;
+    }
+    results.write(&options.out)?;
     for row in &results.rows {
         let baseline = row
             .baseline

@@ -1,7 +1,7 @@
 //! Grids, trajectories, neighbours and curves.
 
 use crate::rows::{ACCURACY, COVERAGE, FRECHET, Table, metric};
-use crate::study::{PCA, REAL, Study, VAE, system};
+use crate::study::{PCA, Part, REAL, Study, VAE, system};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use diffusion_core::report::Results;
@@ -68,12 +68,7 @@ impl Study<'_> {
 }
 
 /// Samples of a baseline.
-pub fn baseline(
-    study: &Study<'_>,
-    name: &str,
-    images: &Tensor,
-    results: &mut Results,
-) -> Result<()> {
+pub fn baseline(study: &Study<'_>, name: &str, images: &Tensor, part: &mut Part) -> Result<()> {
     let short = match name {
         PCA => "pca",
         VAE => "vae",
@@ -81,7 +76,7 @@ pub fn baseline(
     };
     let file = format!("{}-{short}.png", study.plan.name);
     study.grid(&file, &study.pick(images)?, study.columns())?;
-    results.figure(
+    part.figure(
         &file,
         &format!("{}: {name}, for comparison.", study.plan.name),
     );
@@ -93,7 +88,7 @@ pub fn of_model(
     study: &Study<'_>,
     model: &ImageModel,
     folder: &Path,
-    results: &mut Results,
+    part: &mut Part,
 ) -> Result<()> {
     let plan = study.plan;
     let request = study.request(
@@ -118,23 +113,23 @@ pub fn of_model(
     let file = format!("{}-samples.png", plan.name);
     study.grid(&file, &samples, study.columns())?;
     let main = system(plan.sampler, plan.sampler_steps, plan.guidance);
-    results.figure(&file, &format!("{}: samples, {main}.", plan.name));
+    part.figure(&file, &format!("{}: samples, {main}.", plan.name));
 
     let (real, _) = study.real.batch(&places, &Device::Cpu)?;
     let file = format!("{}-real.png", plan.name);
     study.grid(&file, &real, study.columns())?;
-    results.figure(
+    part.figure(
         &file,
         &format!("{}: real test images in the same order.", plan.name),
     );
 
-    neighbours(study, &samples, results)?;
-    trajectories(study, model, &request, results)?;
-    loss(study, folder, results)
+    neighbours(study, &samples, part)?;
+    trajectories(study, model, &request, part)?;
+    loss(study, folder, part)
 }
 
 /// Samples above their nearest training images.
-fn neighbours(study: &Study<'_>, samples: &Tensor, results: &mut Results) -> Result<()> {
+fn neighbours(study: &Study<'_>, samples: &Tensor, part: &mut Part) -> Result<()> {
     let train = &study.splits.train;
     let columns = study.columns();
     let count = (2 * columns).min(samples.dim(0)?);
@@ -155,7 +150,7 @@ fn neighbours(study: &Study<'_>, samples: &Tensor, results: &mut Results) -> Res
         "{}: samples (first and third row), each above its nearest training image.",
         study.plan.name
     );
-    results.figure(&file, &caption);
+    part.figure(&file, &caption);
     Ok(())
 }
 
@@ -164,7 +159,7 @@ fn trajectories(
     study: &Study<'_>,
     model: &ImageModel,
     request: &SampleRequest,
-    results: &mut Results,
+    part: &mut Part,
 ) -> Result<()> {
     let count = request.count.min(5);
     let request = SampleRequest {
@@ -185,7 +180,7 @@ fn trajectories(
     let strip = Tensor::stack(&seen, 1)?.flatten(0, 1)?;
     let file = format!("{}-trajectories.png", study.plan.name);
     study.grid(&file, &strip, seen.len())?;
-    results.figure(
+    part.figure(
         &file,
         &format!(
             "{}: from noise to data in 20 steps, every second one.",
@@ -196,7 +191,7 @@ fn trajectories(
 }
 
 /// The training loss, averaged over windows so that one can see it.
-fn loss(study: &Study<'_>, folder: &Path, results: &mut Results) -> Result<()> {
+fn loss(study: &Study<'_>, folder: &Path, part: &mut Part) -> Result<()> {
     let text = std::fs::read_to_string(run::run_folder(folder).join("metrics.jsonl"))?;
     let points: Vec<(f64, f64)> = text
         .lines()
@@ -220,7 +215,7 @@ fn loss(study: &Study<'_>, folder: &Path, results: &mut Results) -> Result<()> {
         .log_y(),
         &[Series::new("one batch", points), smooth],
     )?;
-    results.figure(
+    part.figure(
         &file,
         &format!(
             "{}: the loss of the first seed's training.",

@@ -39,6 +39,18 @@ pub struct Plan {
     pub targets: bool,
 }
 
+impl Plan {
+    /// About how long the seed of this place takes, in any unit.
+    pub fn cost(&self, place: usize) -> f64 {
+        let image = match self.name {
+            "digits" => 1.0,
+            _ => 8.0,
+        };
+        let curves = if place < self.curve_seeds { 1.4 } else { 1.0 };
+        self.steps as f64 * image * curves
+    }
+}
+
 /// Every sampler at 5 to 50 calls.
 const CURVES: &[Curve] = &[
     Curve {

@@ -109,6 +109,15 @@ impl Table {
         self.systems[at].runs.push(run);
     }
 
+    /// The runs of another table after those of this one.
+    pub fn merge(&mut self, other: Table) {
+        for system in other.systems {
+            for run in system.runs {
+                self.add(&system.name, &system.note, system.calls, run);
+            }
+        }
+    }
+
     /// Whether a system was measured with this seed.
     pub fn has(&self, name: &str, seed: u64) -> bool {
         self.get(name)

@@ -25,71 +25,118 @@ pub const VAE: &str = "small VAE";
 pub struct Study<'a> {
     pub options: &'a Options,
     pub plan: &'a Plan,
-    pub splits: &'a Splits,
-    /// Held-out images whose labels the samples are asked for, as many as there are samples.
+    pub splits: Splits,
+    /// Held-out images that samples are compared with.
+    reference: Dataset,
+    /// Other held-out images, whose labels the samples are asked for, as many as there are samples.
     pub real: Dataset,
     pub labels: Vec<u32>,
+    classifier: Classifier,
+    start: Instant,
 }
 
-impl Study<'_> {
+/// What one seed of a study gave.
+#[derive(Default)]
+pub struct Part {
+    pub table: Table,
+    /// File names and captions.
+    pub figures: Vec<(String, String)>,
+}
+
+impl Part {
+    pub fn figure(&mut self, file: &str, caption: &str) {
+        self.figures.push((file.into(), caption.into()));
+    }
+}
+
+impl<'a> Study<'a> {
+    /// Reads the data and trains the classifier that judges.
+    pub fn prepare(options: &'a Options, plan: &'a Plan) -> Result<Self> {
+        let start = Instant::now();
+        let splits = data::splits(&plan.data, &data::Options::default())?;
+        // One half of the held-out images is the reference; the other says what real images score.
+        let (reference, real) = splits.test.halves()?;
+        let first: Vec<usize> = (0..real.len().min(plan.samples)).collect();
+        let real = real.select(&first)?;
+        let train = &splits.train;
+        let study = Self {
+            options,
+            plan,
+            labels: real.labels().map(<[u32]>::to_vec).unwrap_or_default(),
+            real,
+            reference,
+            classifier: Classifier::train(train, &ClassifierConfig::fitted(train))?,
+            splits,
+            start,
+        };
+        study.say("classifier");
+        Ok(study)
+    }
+
     pub fn classes(&self) -> usize {
         self.splits.train.classes().len()
     }
-}
 
-pub fn run(options: &Options, plan: &Plan, results: &mut Results) -> Result<()> {
-    let start = Instant::now();
-    let splits = data::splits(&plan.data, &data::Options::default())?;
-    // One half of the held-out images is the reference; the other says what real images score.
-    let (reference, real) = splits.test.halves()?;
-    let first: Vec<usize> = (0..real.len().min(plan.samples)).collect();
-    let real = real.select(&first)?;
-    let classifier = Classifier::train(&splits.train, &ClassifierConfig::fitted(&splits.train))?;
-    let judge = Judge::new(&classifier, &splits.train, &reference)?;
-    let study = Study {
-        options,
-        plan,
-        labels: real.labels().map(<[u32]>::to_vec).unwrap_or_default(),
-        real,
-        splits: &splits,
-    };
-    let mut table = Table::default();
-    let (images, _) = study.real.all(&Device::Cpu)?;
-    study.judge(&judge, &mut table, Measured::of(REAL, images, start))?;
-    say(plan, start, "classifier and real images");
-    for (place, &seed) in plan.seeds.iter().enumerate() {
-        study.baselines(&judge, &mut table, seed, results)?;
-        say(plan, start, &format!("baselines, seed {seed}"));
-        let (model, folder) = study.trained(seed)?;
-        say(plan, start, &format!("model, seed {seed}"));
-        study.guidance(&judge, &mut table, &model, seed)?;
-        if place < plan.curve_seeds {
-            study.samplers(&judge, &mut table, &model, seed)?;
-        }
-        say(plan, start, &format!("samples, seed {seed}"));
-        if seed == plan.seeds[0] {
-            pictures::of_model(&study, &model, &folder, results)?;
-        }
+    /// The judge of all samples.
+    pub fn judge(&self) -> Result<Judge<'_>> {
+        Ok(Judge::new(
+            &self.classifier,
+            &self.splits.train,
+            &self.reference,
+        )?)
     }
-    let split = format!(
-        "{} samples against {} test images",
-        study.real.len(),
-        reference.len()
-    );
-    table.rows(plan, REAL, &split, results);
-    pictures::curves(&study, &table, results)?;
-    if plan.targets {
-        targets(&study, &table, &split, results)?;
-    }
-    Ok(())
-}
 
-fn say(plan: &Plan, start: Instant, what: &str) {
-    println!(
-        "{}: {what}, {:.0} s",
-        plan.name,
-        start.elapsed().as_secs_f64()
-    );
+    /// Baselines, a model and its samples, for the seed of this place.
+    pub fn seed(&self, judge: &Judge<'_>, place: usize) -> Result<Part> {
+        let seed = self.plan.seeds[place];
+        let mut part = Part::default();
+        if place == 0 {
+            let start = Instant::now();
+            let (images, _) = self.real.all(&Device::Cpu)?;
+            let real = Measured::of(REAL, images, start);
+            self.measured(judge, &mut part.table, real)?;
+        }
+        self.baselines(judge, &mut part, place)?;
+        self.say(&format!("baselines, seed {seed}"));
+        let (model, folder) = self.trained(seed)?;
+        self.say(&format!("model, seed {seed}"));
+        self.guidance(judge, &mut part.table, &model, seed)?;
+        if place < self.plan.curve_seeds {
+            self.samplers(judge, &mut part.table, &model, seed)?;
+        }
+        if place == 0 {
+            pictures::of_model(self, &model, &folder, &mut part)?;
+        }
+        self.say(&format!("samples, seed {seed}"));
+        Ok(part)
+    }
+
+    /// Puts the seeds together.
+    pub fn finish(&self, parts: Vec<Part>, results: &mut Results) -> Result<()> {
+        let mut table = Table::default();
+        for part in parts {
+            table.merge(part.table);
+            for (file, caption) in part.figures {
+                results.figure(&file, &caption);
+            }
+        }
+        let split = format!(
+            "{} samples against {} test images",
+            self.real.len(),
+            self.reference.len()
+        );
+        table.rows(self.plan, REAL, &split, results);
+        pictures::curves(self, &table, results)?;
+        if self.plan.targets {
+            targets(self, &table, &split, results)?;
+        }
+        Ok(())
+    }
+
+    fn say(&self, what: &str) {
+        let seconds = self.start.elapsed().as_secs_f64();
+        println!("{}: {what}, {seconds:.0} s", self.plan.name);
+    }
 }
 
 /// Images with what made them.
@@ -121,7 +168,7 @@ impl Study<'_> {
         (!self.labels.is_empty()).then_some(self.labels.as_slice())
     }
 
-    fn judge(&self, judge: &Judge<'_>, table: &mut Table, m: Measured) -> Result<()> {
+    fn measured(&self, judge: &Judge<'_>, table: &mut Table, m: Measured) -> Result<()> {
         // A system that was not asked for classes is not right or wrong about them.
         let asks = m.calls > 0 || m.name == REAL || m.name == VAE || m.name.contains("class");
         let labels = self.asked().filter(|_| asks);
@@ -135,13 +182,8 @@ impl Study<'_> {
         Ok(())
     }
 
-    fn baselines(
-        &self,
-        judge: &Judge<'_>,
-        table: &mut Table,
-        seed: u64,
-        results: &mut Results,
-    ) -> Result<()> {
+    fn baselines(&self, judge: &Judge<'_>, part: &mut Part, place: usize) -> Result<()> {
+        let seed = self.plan.seeds[place];
         let (train, count) = (&self.splits.train, self.real.len());
         let (all, of_class) = self.plan.directions;
         let start = Instant::now();
@@ -174,15 +216,15 @@ impl Study<'_> {
         let drawn = vae::samples(train, &self.labels, count, &config)?;
         made.push((VAE, "the mean of its decoder", drawn));
         for (name, note, images) in made {
-            if seed == self.plan.seeds[0] && (name == PCA || name == VAE) {
-                pictures::baseline(self, name, &images, results)?;
+            if place == 0 && (name == PCA || name == VAE) {
+                pictures::baseline(self, name, &images, part)?;
             }
             let measured = Measured {
                 note,
                 seed,
                 ..Measured::of(name, images, start)
             };
-            self.judge(judge, table, measured)?;
+            self.measured(judge, &mut part.table, measured)?;
         }
         Ok(())
     }
@@ -267,7 +309,7 @@ impl Study<'_> {
             seed,
             ..Measured::of(&name, images, start)
         };
-        self.judge(judge, table, measured)
+        self.measured(judge, table, measured)
     }
 
     /// The guidance sweep with the main sampler.
