@@ -209,7 +209,7 @@ impl Study<'_> {
         }
         let config = vae::Config {
             hidden: 256,
-            latent: 16,
+            latent: 10,
             steps: self.plan.vae_steps,
             seed,
         };

@@ -73,8 +73,8 @@ impl Default for ClassifierConfig {
 }
 
 impl ClassifierConfig {
-    /// What suits these images: dense layers up to 16×16 pixels, convolutions above, and about
-    /// 100,000 images seen in training.
+    /// What suits these images: dense layers up to 16×16 pixels, convolutions above, and tens
+    /// of thousands of images seen in training.
     pub fn fitted(data: &Dataset) -> Self {
         let side = data.height().max(data.width());
         let passes = |images: usize| (images / data.len().max(1)).clamp(4, 100);
@@ -86,7 +86,7 @@ impl ClassifierConfig {
         }
         Self {
             architecture: Architecture::Convolutional { channels: 16 },
-            epochs: passes(64_000),
+            epochs: passes(40_000),
             shift: 0.06 * side as f64,
             ..Self::default()
         }

@@ -95,11 +95,11 @@ impl Layers {
     pub(super) fn features(&self, images: &Tensor) -> Result<Tensor> {
         let mut x = images.clone();
         for layer in &self.convolutions {
-            x = layer.forward(&x).map_err(from_nn)?.relu()?;
+            x = diffusion_ops::relu(&layer.forward(&x).map_err(from_nn)?)?;
         }
         x = x.flatten_from(1)?;
         for layer in &self.dense {
-            x = layer.forward(&x).map_err(from_nn)?.relu()?;
+            x = diffusion_ops::relu(&layer.forward(&x).map_err(from_nn)?)?;
         }
         Ok(x)
     }
