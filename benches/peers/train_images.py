@@ -1,7 +1,7 @@
 """The training of `diffusion images train`, done by PyTorch, and both side by side.
 
     python train_images.py train MODEL OUT [--steps N] [--threads N]
-    python train_images.py race OUT --diffusion target/release/diffusion [--config FILE] [--steps N]
+    python train_images.py race OUT --diffusion target/release/diffusion [--preset NAME] [--config FILE] [--steps N]
 
 `train` reads MODEL, a folder that our command wrote from `--data mnist`, and does the same job with
 diffusers' `UNet2DModel`: the network of `unet/config.json`; process, loss, optimiser, learning rate,
@@ -252,6 +252,7 @@ def race(args):
 
     command = [args.diffusion, "images", "train", "--data", "mnist", "--out", ours, "--json", "-q",
                "--validate-every", "0", "--threads", threads]
+    command += ["--preset", args.preset] if args.preset else []
     command += ["--config", args.config] if args.config else []
     command += ["--steps", str(args.steps)] if args.steps else []
     said, seconds = run(command)
@@ -305,6 +306,7 @@ def main():
     other = verbs.add_parser("race")
     other.add_argument("out")
     other.add_argument("--diffusion", required=True)
+    other.add_argument("--preset")
     other.add_argument("--config")
     other.add_argument("--guidance", type=float, default=1.0)
     other.add_argument("-n", type=int)

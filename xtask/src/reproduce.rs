@@ -55,12 +55,20 @@ struct Section {
 }
 
 /// Adding a section is adding a row.
-const SECTIONS: &[Section] = &[Section {
-    name: "foundations",
-    package: "diffusion-images",
-    example: "reproduce-foundations",
-    features: &["figures"],
-}];
+const SECTIONS: &[Section] = &[
+    Section {
+        name: "foundations",
+        package: "diffusion-images",
+        example: "reproduce-foundations",
+        features: &["figures"],
+    },
+    Section {
+        name: "images",
+        package: "diffusion-images",
+        example: "reproduce-images",
+        features: &["figures"],
+    },
+];
 
 /// Runs the sections one after another, then writes the page, even when one has failed.
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -179,6 +187,6 @@ mod tests {
             1
         );
         let message = choose(&names(&["foundation"])).err().unwrap().to_string();
-        assert!(message.contains("`foundation`") && message.contains("known: foundations"));
+        assert!(message.contains("`foundation`") && message.contains("known: foundations, images"));
     }
 }
