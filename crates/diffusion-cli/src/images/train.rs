@@ -29,7 +29,7 @@ pub struct Train {
     /// Folder for the model and the state of the run.
     #[arg(long, required_unless_present = "print_config")]
     out: Option<PathBuf>,
-    /// Preset: auto, tiny, small or medium.
+    /// Preset: auto, tiny, quick, small or medium.
     #[arg(long, conflicts_with = "resume")]
     preset: Option<String>,
     /// TOML file whose values replace those of the preset.
