@@ -173,7 +173,7 @@ const MANIFEST: &str = "checkpoints/step-000000002/MANIFEST.json";
 /// A copy of the manifest that was written, to compare an accepted one with.
 const SOUND: &str = "sound";
 
-/// Reads what [`stage`] wrote. Panics are for the caller to catch.
+/// Reads a file that was laid out as its format has it. Panics are for the caller to catch.
 pub fn read(format: Format, path: &Path) -> Verdict {
     let result = match format {
         Format::Png | Format::Jpeg | Format::Idx | Format::Cifar | Format::Npz => images(path),

@@ -1,5 +1,5 @@
 //! State dicts that PyTorch pickled (`.bin`, `.pth`), without running anything that is in them: zip
-//! archives ([`super::archive`]), and the form before version 1.6 ([`super::legacy`]).
+//! archives, and the form before version 1.6.
 //!
 //! A pickle is a program for a stack machine that may call any function. This reader knows the
 //! instructions that build a dictionary of tensors and nothing else: a call outside a short list of
