@@ -1,6 +1,7 @@
 //! `diffusion convert`
 
 use crate::Global;
+use crate::out::out;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
@@ -102,9 +103,9 @@ pub fn run(args: &Convert, global: &Global) -> Result<ExitCode> {
     }
     if global.json {
         let line = json!({ "out": args.to, "tensors": tensors, "values": values });
-        println!("{line}");
+        out!("{line}");
     } else {
-        println!("{}: {tensors} tensors, {values} values", args.to.display());
+        out!("{}: {tensors} tensors, {values} values", args.to.display());
     }
     Ok(ExitCode::SUCCESS)
 }

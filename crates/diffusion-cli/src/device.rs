@@ -1,5 +1,6 @@
 //! Devices and threads.
 
+use crate::out::note;
 use anyhow::Result;
 use candle_core::Device;
 use diffusion_core::Report;
@@ -92,7 +93,7 @@ pub fn with_threads(threads: Option<u16>) -> Option<ExitCode> {
     let program = match std::env::current_exe() {
         Ok(program) => program,
         Err(error) => {
-            eprintln!("error: cannot set the number of threads: {error}");
+            note!("error: cannot set the number of threads: {error}");
             return Some(ExitCode::FAILURE);
         }
     };
@@ -107,7 +108,7 @@ fn replace(mut command: Command) -> ExitCode {
     use std::os::unix::process::CommandExt;
     // The new program takes this one's place, so signals reach it directly.
     let error = command.exec();
-    eprintln!("error: cannot start again with another number of threads: {error}");
+    note!("error: cannot start again with another number of threads: {error}");
     ExitCode::FAILURE
 }
 
@@ -116,7 +117,7 @@ fn replace(mut command: Command) -> ExitCode {
     match command.status() {
         Ok(status) => ExitCode::from(status.code().unwrap_or(1) as u8),
         Err(error) => {
-            eprintln!("error: cannot start again with another number of threads: {error}");
+            note!("error: cannot start again with another number of threads: {error}");
             ExitCode::FAILURE
         }
     }

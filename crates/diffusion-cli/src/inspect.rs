@@ -1,6 +1,7 @@
 //! `diffusion inspect`
 
 use crate::Global;
+use crate::out::out;
 use anyhow::Result;
 use candle_core::Device;
 use clap::Args;
@@ -27,7 +28,7 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
         .then(|| run::stored_config(&args.model))
         .transpose()?;
     if global.json {
-        println!(
+        out!(
             "{}",
             serde_json::json!({
                 "parameters": model.num_parameters(),
@@ -41,28 +42,29 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
         );
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", args.model.display());
-    println!("  network     UNet2D, {} weights", model.num_parameters());
-    println!("  channels    {:?}", config.block_out_channels);
-    println!(
+    out!("{}", args.model.display());
+    out!("  network     UNet2D, {} weights", model.num_parameters());
+    out!("  channels    {:?}", config.block_out_channels);
+    out!(
         "  blocks      {:?} | {:?}",
-        config.down_block_types, config.up_block_types
+        config.down_block_types,
+        config.up_block_types
     );
     if let Some([c, h, w]) = shape {
-        println!("  images      {c} x {h} x {w}");
+        out!("  images      {c} x {h} x {w}");
     }
     match model.classes() {
-        [] => println!("  classes     none (unconditional)"),
-        names => println!("  classes     {}", names.join(", ")),
+        [] => out!("  classes     none (unconditional)"),
+        names => out!("  classes     {}", names.join(", ")),
     }
     match model.labels().null() {
-        Some(label) => println!("  no class    label {label}"),
+        Some(label) => out!("  no class    label {label}"),
         None if model.labels().conditional() => {
-            println!("  no class    no label is known for it: no guidance");
+            out!("  no class    no label is known for it: no guidance");
         }
         None => {}
     }
-    println!(
+    out!(
         "  process     {}, {} steps, {} betas, predicts {}",
         scheduler.class,
         scheduler.num_train_timesteps,
@@ -70,9 +72,12 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
         scheduler.prediction_type
     );
     if let Some(training) = training {
-        println!(
-            "  training    {} steps of {}, learning rate {}, seed {}",
-            training.train.steps, training.train.batch_size, training.train.lr, training.train.seed
+        out!(
+            "  training    planned for {} steps of {}, learning rate {}, seed {}",
+            training.train.steps,
+            training.train.batch_size,
+            training.train.lr,
+            training.train.seed
         );
     }
     Ok(ExitCode::SUCCESS)

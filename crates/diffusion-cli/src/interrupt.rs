@@ -1,8 +1,8 @@
-//! Ctrl-C: the first one saves and ends, a second one ends at once.
+//! Ctrl-C (or a closed terminal): the first one saves and ends, a second one ends at once.
 
 use anyhow::{Context, Result};
 use diffusion_core::train::Cancel;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,7 +18,7 @@ pub fn listen(cancel: &Cancel) -> Result<()> {
     let arrived = ARRIVED
         .get_or_init(|| Arc::new(AtomicUsize::new(0)))
         .clone();
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         let armed = Arc::new(AtomicBool::new(false));
         let context = "cannot listen for Ctrl-C";
         // Order matters: the second signal sees what the first one armed.
@@ -32,7 +32,7 @@ pub fn listen(cancel: &Cancel) -> Result<()> {
     Ok(())
 }
 
-/// 130 after Ctrl-C, 143 after SIGTERM, `None` when nothing arrived.
+/// 130 after Ctrl-C, 143 after SIGTERM, 129 when the terminal was closed, `None` when nothing arrived.
 pub fn exit_code() -> Option<ExitCode> {
     match ARRIVED.get()?.load(Ordering::SeqCst) {
         0 => None,

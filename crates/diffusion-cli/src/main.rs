@@ -5,8 +5,10 @@ mod device;
 mod images;
 mod inspect;
 mod interrupt;
+mod out;
 mod progress;
 
+use crate::out::note;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
@@ -30,7 +32,7 @@ struct Cli {
 #[derive(Args, Clone)]
 pub struct Global {
     /// Seed of everything random: the same seed gives the same bytes.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
     /// Where to compute: cpu, cuda, cuda:1, metal.
     #[arg(long, global = true, default_value = "cpu")]
@@ -74,7 +76,7 @@ fn main() -> ExitCode {
             if is_broken_pipe(&error) {
                 return ExitCode::SUCCESS;
             }
-            eprintln!("error: {}", sentence(&error));
+            note!("error: {}", sentence(&error));
             interrupt::exit_code().unwrap_or(ExitCode::from(failure_code(&error)))
         }
     }
@@ -122,6 +124,7 @@ fn logging(global: &Global) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .without_time()
         .init();

@@ -1,5 +1,6 @@
 //! Progress on standard error, when somebody looks.
 
+use crate::out::note;
 use diffusion_core::Result;
 use diffusion_core::sample;
 use diffusion_core::train::{Cancel, Event, Observer};
@@ -43,7 +44,7 @@ impl Progress {
 
     fn say(&self, text: &str) {
         if self.lines {
-            eprintln!("{text}");
+            note!("{text}");
         } else {
             self.bar.println(text);
         }
@@ -76,7 +77,7 @@ impl Observer for Progress {
                 self.bar.set_message(text.clone());
                 if self.lines && self.last_line.elapsed().as_secs() >= 10 {
                     self.last_line = Instant::now();
-                    eprintln!("step {step}  {text}");
+                    note!("step {step}  {text}");
                 }
             }
             Event::Evaluated { step, values } => {

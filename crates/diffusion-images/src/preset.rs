@@ -109,10 +109,12 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
                 .config());
         }
     };
+    let (batch, accumulate) = batch(shape.batch, data);
     let mut config = ImageConfig {
         train: TrainConfig {
             steps: shape.steps,
-            batch_size: shape.batch,
+            batch_size: batch,
+            accumulate,
             lr: shape.lr,
             schedule: schedule(shape.steps),
             adamw: AdamWConfig {
@@ -169,6 +171,14 @@ pub fn preset(name: &str, data: &Dataset) -> Result<ImageConfig> {
         .collect();
     fit(&mut config, data)?;
     Ok(config)
+}
+
+/// A batch of the preset for images up to 48×48; of larger ones so many fewer that it takes about the same
+/// memory, in up to eight parts whose gradients are averaged.
+fn batch(usual: usize, data: &Dataset) -> (usize, usize) {
+    let pixels = data.height() * data.width();
+    let few = (usual * 48 * 48 / pixels.max(1)).clamp(1, usual);
+    (few, (usual / few).clamp(1, 8))
 }
 
 /// A short warm-up and a cosine down to a fiftieth.

@@ -120,6 +120,29 @@ pub fn refuse_existing(model: &Path) -> Result<()> {
         .checkpoint())
 }
 
+/// Refuses a folder that holds other things than a run: its files would lie among them.
+///
+/// # Errors
+/// `Input` naming the folder and what is in it, `Io` when it cannot be read.
+pub fn refuse_foreign(out: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(out, error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(|e| Error::io(out, e))?.file_name();
+        // A start that failed leaves this.
+        if name != "run" {
+            return Err(Report::file(out, format!("not empty: {}", name.display()))
+                .expected("a new or an empty folder")
+                .remedy("choose another --out")
+                .input());
+        }
+    }
+    Ok(())
+}
+
 /// Where a run keeps which data it learns from.
 pub fn data_file(model: &Path) -> PathBuf {
     run_folder(model).join("data.toml")

@@ -129,6 +129,14 @@ impl DataArgs {
         Ok((config, Some(record)))
     }
 
+    /// Whether other data are named than a run noted.
+    pub fn names_other(&self, record: &DataRecord) -> Result<bool> {
+        match &self.data {
+            Some(source) => Ok(DataConfig::new(source).absolute()?.source != record.data.source),
+            None => Ok(false),
+        }
+    }
+
     /// Reads the data. How many files were left out comes with them.
     pub fn open(&self, config: &DataConfig) -> Result<(Splits, usize)> {
         let (splits, skipped) = config.splits(self.memory << 20)?;

@@ -1,6 +1,7 @@
 //! `diffusion images evaluate`
 
-use super::data::DataArgs;
+use super::data::{DataArgs, must_be_those};
+use crate::out::{note, out};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
@@ -37,7 +38,7 @@ pub struct Evaluate {
     #[command(flatten)]
     data: DataArgs,
     /// Number of samples; as many as there are held-out images when absent.
-    #[arg(short)]
+    #[arg(short, long)]
     n: Option<usize>,
     /// Sampler, as for `sample`.
     #[arg(long, default_value = "dpmpp-2m")]
@@ -46,7 +47,7 @@ pub struct Evaluate {
     #[arg(long, default_value_t = 20)]
     steps: usize,
     /// Classifier-free guidance, for models with classes.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     guidance: f64,
     /// Images computed at a time.
     #[arg(long, default_value_t = 64)]
@@ -56,11 +57,21 @@ pub struct Evaluate {
     inception: Option<PathBuf>,
 }
 
+/// Each half of the held-out images needs more neighbours than coverage asks for.
+const FEWEST: usize = 12;
+
 pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
     let seed = global.seed.unwrap_or(0);
-    let (source, _) = args.data.of_model(&args.model)?;
+    let (source, record) = args.data.of_model(&args.model)?;
     let (splits, _) = args.data.open(&source)?;
+    if let Some(record) = &record {
+        if args.data.names_other(record)? {
+            note!("the model learned from other data: {}", record.data.source);
+        } else {
+            must_be_those(record, &source, &splits)?;
+        }
+    }
     let model = ImageModel::open(&args.model, &device)?;
     let (train, test) = (&splits.train, &splits.test);
     let shape = [train.channels(), train.height(), train.width()];
@@ -69,6 +80,20 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
             .expected(format!("{:?}, as the model makes", model.image_shape()?))
             .remedy("give the data that the model was trained on")
             .config()
+            .into());
+    }
+    if test.len() < FEWEST {
+        let found = format!(
+            "{} held-out images of {}",
+            test.len(),
+            train.len() + test.len()
+        );
+        return Err(Report::new(format!("data `{}`", source.source), found)
+            .expected(format!(
+                "at least {FEWEST} held-out images, to compare with"
+            ))
+            .remedy("add images; a fifth of them is held out")
+            .input()
             .into());
     }
     let count = args.n.unwrap_or(test.len());
@@ -96,15 +121,15 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
         Some(file) => Some(Inception::open(file, &Limits::default())?),
         None => None,
     };
+    let batches = count.div_ceil(args.batch.max(1));
+    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
+    let images = model.sample(&request, &mut progress)?;
+    progress.done();
     let classifier = Classifier::train(train, &ClassifierConfig::fitted(train))?;
     let view = match &inception {
         Some(network) => View::Inception(network),
         None => View::Classifier(&classifier),
     };
-    let batches = count.div_ceil(args.batch.max(1));
-    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
-    let images = model.sample(&request, &mut progress)?;
-    progress.done();
     let judge = Judge::with_view(view, &classifier, train, test)?;
     let samples = judge.evaluate(&images, labels.as_deref(), seed)?;
     report(
@@ -148,9 +173,9 @@ fn floor(
 fn report(samples: &Evaluation, floor: &Evaluation, global: &Global) -> Result<()> {
     if global.json {
         let both = serde_json::json!({ "samples": samples, "floor": floor });
-        println!("{both}");
+        out!("{both}");
     } else {
-        println!("samples\n{samples}\nfloor: real images against real images\n{floor}");
+        out!("samples\n{samples}\nfloor: real images against real images\n{floor}");
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `diffusion images sample`
 
+use crate::out::out;
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
@@ -161,7 +162,7 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     }
     picture.write_png(&args.out, &settings)?;
     if global.json {
-        println!(
+        out!(
             "{}",
             serde_json::json!({
                 "out": args.out, "n": args.n, "sampler": args.sampler, "steps": args.steps,
@@ -169,7 +170,7 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             })
         );
     } else {
-        println!(
+        out!(
             "{}: {} images in {seconds:.1} s",
             args.out.display(),
             args.n

@@ -1,14 +1,16 @@
 //! `diffusion images train`
 
 use super::data::{DataArgs, must_be_those};
+use crate::out::{note, out};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
 use clap::Args;
+use diffusion_core::Report;
 use diffusion_core::limits::Limits;
 use diffusion_core::train::{Both, Cancel, JsonLines, Outcome};
 use diffusion_images::config::ImageConfig;
-use diffusion_images::data::Dataset;
+use diffusion_images::data::{Dataset, Splits};
 use diffusion_images::validate::Validation;
 use diffusion_images::{preset, run};
 use std::path::{Path, PathBuf};
@@ -44,6 +46,9 @@ pub struct Train {
     /// Stop after so many minutes; --resume goes on.
     #[arg(long, allow_negative_numbers = true)]
     minutes: Option<f64>,
+    /// Images in a batch; the preset's when absent. Less needs less memory.
+    #[arg(long, conflicts_with = "resume", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    batch: Option<u32>,
     /// Ignore labels: learn one distribution over all images.
     #[arg(long, conflicts_with = "resume")]
     unconditional: bool,
@@ -70,6 +75,7 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     let out = args.out.as_ref().filter(|_| !args.print_config);
     if let (Some(out), false) = (out, args.resume) {
         run::refuse_existing(out)?;
+        run::refuse_foreign(out)?;
     }
     let (source, record) = match resumed {
         Some(out) => args.data.of_model(out)?,
@@ -83,8 +89,16 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
         Some(stored) => stored,
         None => configuration(args, &splits.train)?,
     };
-    if let (Some(seed), false) = (global.seed, args.resume) {
-        config.train.seed = seed;
+    match global.seed {
+        Some(seed) if args.resume && seed != config.train.seed => {
+            return Err(Report::new("--seed", seed)
+                .expected(format!("{}, as the run began with", config.train.seed))
+                .remedy("leave it out, or start another run in a new folder")
+                .config()
+                .into());
+        }
+        Some(seed) => config.train.seed = seed,
+        None => {}
     }
     if args.minutes.is_some() {
         config.train.max_minutes = args.minutes;
@@ -92,10 +106,13 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     config.gradient_checkpointing |= args.gradient_checkpointing;
     config.check()?;
     let Some(out) = out else {
-        print!("{}", config.to_toml()?);
+        out!("{}", config.to_toml()?.trim_end());
         return Ok(ExitCode::SUCCESS);
     };
     run::remember_data(out, &source, &splits.train)?;
+    if !global.quiet {
+        understood(&config, &splits);
+    }
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
     let progress = Progress::new(config.train.steps, global.quiet, &cancel);
@@ -126,6 +143,26 @@ pub fn run(args: &Train, global: &Global) -> Result<ExitCode> {
     report(global, out, &config, outcome, facts)
 }
 
+/// What the run is about, before the first step.
+fn understood(config: &ImageConfig, splits: &Splits) {
+    let (train, test) = (&splits.train, &splits.test);
+    let classes = match train.classes() {
+        [] => "no classes".to_string(),
+        names if names.len() <= 12 => format!("classes {}", names.join(", ")),
+        names => format!("{} classes", names.len()),
+    };
+    let whole = config.train.batch_size * config.train.accumulate;
+    note!(
+        "{} images to learn from and {} held out, {} x {} x {}, {classes}; {} steps of {whole}",
+        train.len(),
+        test.len(),
+        train.channels(),
+        train.height(),
+        train.width(),
+        config.train.steps,
+    );
+}
+
 fn configuration(args: &Train, data: &Dataset) -> Result<ImageConfig> {
     let mut config = preset::preset(args.preset.as_deref().unwrap_or("auto"), data)?;
     if let Some(file) = &args.config {
@@ -134,6 +171,9 @@ fn configuration(args: &Train, data: &Dataset) -> Result<ImageConfig> {
     }
     config.conditional &= !args.unconditional;
     config.flip |= args.flip;
+    if let Some(batch) = args.batch {
+        config.train.batch_size = batch as usize;
+    }
     if let Some(steps) = args.steps {
         preset::set_steps(&mut config, steps);
     }
@@ -158,15 +198,15 @@ fn report(
         facts["step"] = step.into();
         facts["steps"] = config.train.steps.into();
         facts["seed"] = config.train.seed.into();
-        println!("{facts}");
+        out!("{facts}");
     } else if finished {
-        println!("{}: trained for {step} steps", out.display());
-        println!(
+        out!("{}: trained for {step} steps", out.display());
+        out!(
             "next: diffusion images sample --model {} -n 64 --out grid.png",
             out.display()
         );
     } else {
-        println!(
+        out!(
             "{}: stopped at step {step} of {}; --resume goes on",
             out.display(),
             config.train.steps

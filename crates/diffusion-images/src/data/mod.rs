@@ -182,16 +182,20 @@ enum Source<'a> {
 impl<'a> Source<'a> {
     fn find(spec: &'a str, import: &Import) -> Result<Self> {
         let path = Path::new(spec);
+        // A file or folder of such a name is given as `./digits`.
+        let built_in = match spec {
+            digits::NAME => Some(Source::Digits),
+            mnist::NAME => Some(Source::Mnist),
+            emoji::NAME => Some(Source::Emoji),
+            _ => None,
+        };
         let source = match std::fs::metadata(path) {
+            _ if built_in.is_some() => built_in.unwrap_or(Source::Digits),
             Ok(meta) if meta.is_dir() => match (cifar::find(path)?, idx::find(path)) {
                 (Some(batches), _) => Source::CifarFolder(path, batches),
                 (None, Some(images)) => Source::Idx(Cow::Owned(images)),
                 (None, None) => return Ok(Source::Folder(path)),
             },
-            // A file or folder of that name would have to be given as `./digits`.
-            _ if spec == digits::NAME => Source::Digits,
-            _ if spec == mnist::NAME => Source::Mnist,
-            _ if spec == emoji::NAME => Source::Emoji,
             Ok(_) => {
                 input::check_regular(path)?;
                 if npz::is_one(path)? {

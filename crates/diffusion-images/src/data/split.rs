@@ -104,7 +104,10 @@ impl Dataset {
             return Err(self.too_few("no images"));
         };
         if least == most {
-            return Err(self.too_few("all images are equal"));
+            return Err(self.too_few(match self.len() {
+                1 => "one image",
+                _ => "all images are equal",
+            }));
         }
         // 2⁶⁴ s, rounded down; below 2⁶⁴ because s < 1 in double precision.
         let bound = (test_share * 2f64.powi(64)) as u64;
@@ -129,7 +132,7 @@ impl Dataset {
 
     fn too_few(&self, found: &str) -> diffusion_core::Error {
         Report::new(self.name(), found)
-            .expected("at least 5, of which about every fifth is held out for testing")
+            .expected("different images, of which about every fifth is held out for testing")
             .remedy("add images")
             .input()
     }

@@ -133,7 +133,9 @@ impl<'a> Judge<'a> {
         let manifold = manifold(&self.held_out, &features)?;
         let distance =
             |items: &[usize]| frechet(&Moments::of(&features.select(items)?)?, &self.moments);
-        let (subsets, size) = SUBSETS;
+        let (subsets, most) = SUBSETS;
+        // At most half of the images, or all subsets would be the same one.
+        let size = most.min(features.len().min(self.held_out.len()) / 2).max(2);
         let accuracy = match labels {
             Some(labels) if !self.classifier.classes().is_empty() => {
                 let n = labels.len();
@@ -147,7 +149,10 @@ impl<'a> Judge<'a> {
             samples: features.len(),
             held_out: self.held_out.len(),
             frechet: if features.size() <= MANY {
-                bootstrap(features.len(), ROUNDS, seed, distance)?
+                let Figure { value, low, high } =
+                    bootstrap(features.len(), ROUNDS, seed, distance)?;
+                let low = low.max(0.0);
+                Figure { value, low, high }
             } else {
                 let value = frechet(&Moments::of(&features)?, &self.moments)?;
                 Figure {
