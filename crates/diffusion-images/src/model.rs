@@ -118,6 +118,7 @@ impl ImageModel {
             diffusion_nn::Error::Candle(error) => Error::Tensor(error),
             other => Report::file(&path.join("unet"), other)
                 .expected("the weights of the network in unet/config.json")
+                .remedy("get both files again, from one model")
                 .input(),
         })?;
         Ok(Self {
@@ -211,6 +212,7 @@ impl ImageModel {
             None => {
                 return Err(Report::new("unet/config.json: sample_size", "null")
                     .expected("the size of an image")
+                    .remedy("write the side of its images there")
                     .config());
             }
         };

@@ -131,8 +131,14 @@ impl Dataset {
     }
 
     fn too_few(&self, found: &str) -> diffusion_core::Error {
+        let enough = match self.len() {
+            5.. => "different images",
+            _ => "at least 5 different images",
+        };
         Report::new(self.name(), found)
-            .expected("different images, of which about every fifth is held out for testing")
+            .expected(format!(
+                "{enough}, of which about every fifth is held out for testing"
+            ))
             .remedy("add images")
             .input()
     }
