@@ -3,7 +3,7 @@
 //! | study | network | training, a seed | samples, a seed |
 //! |---|---|---|---|
 //! | digits, 8×8 | 0.15 M weights, 3 M multiply-adds | 1000 × 32 images, 0.6 TFLOP | 0.5 TFLOP |
-//! | mnist, 28×28 | 0.6 M weights, 67 M multiply-adds | 700 × 32 images, 9 TFLOP | 4 TFLOP; the first 10 |
+//! | mnist, 28×28 | 0.6 M weights, 67 M multiply-adds | 800 × 32 images, 10 TFLOP | 4 TFLOP; the first 10 |
 //! | emoji, 32×32 | 0.6 M weights, 88 M multiply-adds | 400 × 32 images, 7 TFLOP, one seed | 1 TFLOP |
 //!
 //! Two seeds at a time, a core each; about 8 minutes on two cores of a server without AVX-512.
@@ -121,14 +121,14 @@ pub fn plans(options: &Options) -> Vec<Plan> {
         Plan {
             name: "mnist",
             data: options.data.clone().unwrap_or_else(|| "mnist".into()),
-            steps: steps(700, 20_000),
+            steps: steps(800, 20_000),
             seeds: seeds.clone(),
             curve_seeds: if quick { 1 } else { 3 },
             samples: if quick { 500 } else { 1000 },
             sampler: "dpmpp-2m",
             sampler_steps: 10,
-            sweep: &[1.0, 1.5, 2.5],
-            guidance: 2.5,
+            sweep: &[1.0, 1.5, 3.0],
+            guidance: 3.0,
             curves: if quick { SHORT } else { CURVES },
             directions: (50, 30),
             vae_steps: 3000,
