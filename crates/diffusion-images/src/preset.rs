@@ -53,12 +53,8 @@ const TINY: Shape = Shape {
 };
 const QUICK_SMALL: Shape = Shape {
     channels: &[16, 32],
-    groups: 8,
     attention_below: 4,
-    batch: 32,
-    steps: 1500,
-    lr: 2e-3,
-    velocity: true,
+    ..QUICK
 };
 const QUICK: Shape = Shape {
     channels: &[16, 32, 64],

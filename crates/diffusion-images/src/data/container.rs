@@ -349,11 +349,14 @@ mod tests {
             check(&bytes).map_err(|flaw| (flaw.limit, flaw.expected))
         };
         // 8000 x 2000 x 3 values, two bytes each; four in a progressive file.
-        assert!(file(0xc0, 480_000).is_ok());
+        assert_eq!(file(0xc0, 480_000), Ok(Kind::Jpeg));
         let (limit, expected) = file(0xc0, 479_999).unwrap_err();
         assert!(limit && expected == "at least 480000 bytes", "{expected}");
-        assert!(file(0xc2, 960_000).is_ok());
-        assert!(file(0xc2, 959_999).is_err());
+        assert_eq!(file(0xc2, 960_000), Ok(Kind::Jpeg));
+        assert_eq!(
+            file(0xc2, 959_999),
+            Err((true, "at least 960000 bytes".into()))
+        );
     }
 
     #[test]
