@@ -2,44 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
 
-use std::path::Path;
-use std::process::{Command, Output};
+mod common;
 
-fn diffusion(args: &[&str], folder: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_diffusion"))
-        .args(args)
-        .current_dir(folder)
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeeds(args: &[&str], folder: &Path) -> String {
-    let output = diffusion(args, folder);
-    assert!(
-        output.status.success(),
-        "{args:?}: {}",
-        text(&output.stderr)
-    );
-    text(&output.stdout)
-}
-
-/// Runs a command that must be refused with this code and these words, without a panic.
-fn refuses(args: &[&str], folder: &Path, code: i32, words: &[&str]) {
-    let output = diffusion(args, folder);
-    let message = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
-    assert!(!message.contains("panicked"), "{message}");
-    for word in words {
-        assert!(
-            message.contains(word),
-            "{args:?}: no `{word}` in: {message}"
-        );
-    }
-}
+use common::{refuses, succeeds};
+use std::process::Command;
 
 const TINY: [&str; 8] = [
     "images", "train", "--preset", "tiny", "--steps", "6", "-q", "--out",

@@ -2,20 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
 
+mod common;
+
+use common::{diffusion, text};
 use std::path::Path;
-use std::process::{Command, Output};
-
-fn diffusion(args: &[&str], folder: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_diffusion"))
-        .args(args)
-        .current_dir(folder)
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// Standard output and standard error of a command that must succeed.
 fn succeeds(args: &[&str], folder: &Path) -> (String, String) {
