@@ -11,7 +11,9 @@
 //! | [`function`] | single formulas |
 //! | [`module`] | networks and their parts, with gradients |
 //! | [`pipeline`] | saved model folders, from the file to the image |
+//! | [`authors`] | any of these, from the original authors' code |
 
+pub mod authors;
 pub mod compare;
 pub mod fixture;
 pub mod function;
@@ -54,6 +56,9 @@ pub const TABLE: &[(&str, &str, Runner)] = &[
     ("pipeline", "ddpm", pipeline::run),
     ("pipeline", "ddim", pipeline::run),
 ];
+
+/// Systems whose fixtures come from the original authors' code and are told apart by name.
+pub const AUTHORS: &[&str] = &["openai", "score_sde", "edm", "vdm", "analytic_dpm"];
 
 /// What became of a fixture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -227,6 +232,7 @@ pub fn run(path: &Path) -> Outcome {
     let mut check = Check::new(fixture.tolerance);
     let result = match entry {
         Some((_, _, runner)) => runner(&fixture, &mut check),
+        None if AUTHORS.contains(&fixture.system.as_str()) => authors::run(&fixture, &mut check),
         None => Err(unsupported(format!(
             "no {} of the system {}",
             fixture.kind, fixture.system

@@ -1,0 +1,30 @@
+//! Fixtures of the original authors' code.
+//!
+//! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
+//! its name, so that the same case with other settings finds the same function.
+
+use super::compare::Check;
+use super::fixture::Fixture;
+use super::{Runner, unsupported};
+use anyhow::Result;
+
+/// Which function runs which (system, beginning of the name).
+const CASES: &[(&str, &str, Runner)] = &[];
+
+/// Runs a fixture of the authors' code.
+///
+/// # Errors
+/// `Unsupported` for cases that are not known here, and anything that goes wrong.
+pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
+    let case = CASES
+        .iter()
+        .filter(|(system, name, _)| *system == fixture.system && fixture.name.starts_with(name))
+        .max_by_key(|(_, name, _)| name.len());
+    match case {
+        Some((_, _, runner)) => runner(fixture, check),
+        None => Err(unsupported(format!(
+            "no case {} of the system {}",
+            fixture.name, fixture.system
+        ))),
+    }
+}
