@@ -4,6 +4,8 @@
 //! other libraries for integer tables (leading, trailing, linspace) are kept to the index, because
 //! a network trained on a table answers best exactly there.
 
+pub mod beta;
+
 use crate::error::{Report, Result};
 use crate::schedule::linear::linspace;
 use crate::schedule::{Point, Schedule};
@@ -40,6 +42,21 @@ pub enum Grid {
         /// Largest noise level; the schedule's when absent.
         sigma_max: Option<f64>,
     },
+    /// `σ̂_i = σ_min + q(1 − i/(n−1)) (σ_max − σ_min)` with the quantiles `q` of a beta distribution
+    /// (Lee et al. 2024): crowded at both ends.
+    Beta {
+        /// Smallest noise level; the schedule's when absent.
+        sigma_min: Option<f64>,
+        /// Largest noise level; the schedule's when absent.
+        sigma_max: Option<f64>,
+        /// First parameter, 0.6 in diffusers.
+        alpha: f64,
+        /// Second parameter.
+        beta: f64,
+    },
+    /// Indices `(linspace(0, √(0.8 T), n))²` (DDIM's for CIFAR-10); `√t` evenly spaced over the span
+    /// of a continuous schedule.
+    Quadratic,
     /// Log-SNR evenly spaced over the span of the schedule (Lu et al. 2022, DPM-Solver).
     UniformLogSnr,
     /// These times, noisiest first.
@@ -95,7 +112,7 @@ impl Grid {
                 .collect()
         };
         let mut points: Vec<Point> = match self {
-            Grid::Leading { .. } | Grid::Trailing | Grid::Linspace
+            Grid::Leading { .. } | Grid::Trailing | Grid::Linspace | Grid::Quadratic
                 if schedule.steps().is_some() =>
             {
                 let total = schedule.steps().unwrap_or(0);
@@ -140,6 +157,24 @@ impl Grid {
                     n,
                 ))
             }
+            Grid::Beta {
+                sigma_min,
+                sigma_max,
+                alpha,
+                beta,
+            } => {
+                let (a, b) = hats();
+                by_hat(beta_spaced(
+                    sigma_min.unwrap_or(a),
+                    sigma_max.unwrap_or(b),
+                    n,
+                    (*alpha, *beta),
+                ))
+            }
+            Grid::Quadratic => linspace(high.sqrt(), low.sqrt(), n)
+                .into_iter()
+                .map(|root| schedule.at(root * root))
+                .collect(),
             Grid::UniformLogSnr => {
                 let (a, b) = (schedule.at(high).log_snr(), schedule.at(low).log_snr());
                 linspace(a, b, n)
@@ -197,6 +232,20 @@ impl Grid {
                 .rev()
                 .map(|t| t.round_ties_even() as i64)
                 .collect(),
+            Grid::Quadratic => {
+                let mut next = 0;
+                let mut rising: Vec<i64> = linspace(0.0, (0.8 * total as f64).sqrt(), n)
+                    .into_iter()
+                    .map(|root| {
+                        // Where squares crowd, every index is used once.
+                        let index = ((root * root) as i64).max(next);
+                        next = index + 1;
+                        index
+                    })
+                    .collect();
+                rising.reverse();
+                rising
+            }
             other => {
                 return Err(Report::new("grid", format!("{other:?}"))
                     .expected("a rule on indices")
@@ -242,6 +291,64 @@ pub fn exponential(sigma_min: f64, sigma_max: f64, n: usize) -> Vec<f64> {
         .collect()
 }
 
+/// Noise levels at the quantiles of a beta distribution, largest first.
+pub fn beta_spaced(sigma_min: f64, sigma_max: f64, n: usize, (a, b): (f64, f64)) -> Vec<f64> {
+    linspace(0.0, 1.0, n)
+        .into_iter()
+        .map(|u| sigma_min + beta::beta_quantile(1.0 - u, a, b) * (sigma_max - sigma_min))
+        .collect()
+}
+
+/// Grids by name with their usual parameters, for command lines.
+pub const GRIDS: [(&str, &str); 9] = [
+    (
+        "leading",
+        "every floor(T/n)-th index, from below the noisiest",
+    ),
+    ("trailing", "every T/n-th index, from the noisiest"),
+    ("linspace", "evenly spaced times, both ends included"),
+    ("quadratic", "evenly spaced square roots of time"),
+    ("karras", "sigma^(1/7) evenly spaced"),
+    ("edm", "karras from sigma = 80 at most"),
+    ("exponential", "log sigma evenly spaced"),
+    ("log-snr", "log SNR evenly spaced"),
+    ("beta", "quantiles of Beta(0.6, 0.6), crowded at both ends"),
+];
+
+impl Grid {
+    /// The grid of this name on a schedule.
+    ///
+    /// # Errors
+    /// `Config` listing the names.
+    pub fn named(name: &str, schedule: &dyn Schedule) -> Result<Self> {
+        Ok(match name {
+            "leading" => Grid::Leading { offset: 0 },
+            "trailing" => Grid::Trailing,
+            "linspace" => Grid::Linspace,
+            "quadratic" => Grid::Quadratic,
+            "karras" => Grid::karras(),
+            "edm" => Grid::edm(schedule),
+            "exponential" => Grid::Exponential {
+                sigma_min: None,
+                sigma_max: None,
+            },
+            "log-snr" => Grid::UniformLogSnr,
+            "beta" => Grid::Beta {
+                sigma_min: None,
+                sigma_max: None,
+                alpha: 0.6,
+                beta: 0.6,
+            },
+            other => {
+                let names: Vec<&str> = GRIDS.iter().map(|g| g.0).collect();
+                return Err(Report::new("grid", other)
+                    .expected(format!("one of {}", names.join(", ")))
+                    .config());
+            }
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -273,7 +380,12 @@ mod tests {
     fn every_length_is_exact_falling_and_inside() {
         for total in [10usize, 50, 1000, 4000] {
             for n in (1..=total).step_by(total / 10) {
-                for grid in [Grid::Leading { offset: 0 }, Grid::Trailing, Grid::Linspace] {
+                for grid in [
+                    Grid::Leading { offset: 0 },
+                    Grid::Trailing,
+                    Grid::Linspace,
+                    Grid::Quadratic,
+                ] {
                     let indices = grid.indices(total, n).unwrap();
                     assert_eq!(indices.len(), n, "{grid:?} {total} {n}");
                     assert!(indices.windows(2).all(|w| w[0] > w[1]));

@@ -21,7 +21,7 @@
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use diffusion_core::{grid::Grid, noise::{CounterNoise, Noise}, oracle::Gaussian};
-//! use diffusion_core::sample::{DpmSolverPp, Planned, prior, sample};
+//! use diffusion_core::sample::{DpmMultistep, Planned, prior, sample};
 //! use diffusion_core::schedule::Vp;
 //!
 //! # fn main() -> diffusion_core::Result<()> {
@@ -30,7 +30,7 @@
 //! let like = Tensor::zeros((4, 1), DType::F64, &Device::Cpu)?;
 //! let mut noise = CounterNoise::new(0, 0..4);
 //! let x = prior(&like, &points[0], &mut noise)?;
-//! let x = sample(&Planned::new(DpmSolverPp::default(), &points), &data, x, &mut noise, 0..4)?;
+//! let x = sample(&Planned::new(DpmMultistep::default(), &points), &data, x, &mut noise, 0..4)?;
 //! for value in x.flatten_all()?.to_vec1::<f64>()? {
 //!     assert!((value - 2.0).abs() < 0.5);
 //! }
@@ -50,6 +50,7 @@ pub mod loss;
 pub mod noise;
 pub mod oracle;
 pub mod predict;
+pub mod quadrature;
 pub mod report;
 pub mod sample;
 pub mod schedule;

@@ -18,7 +18,7 @@ pub trait Noise {
     /// halves of an interval gives increments that add up to the whole.
     ///
     /// # Errors
-    /// As [`Noise::normal`]; recordings hold no paths.
+    /// As [`Noise::normal`].
     fn brownian(&mut self, like: &Tensor, from: f64, to: f64) -> Result<Tensor>;
 
     /// An independent source for the same batch.
@@ -222,12 +222,9 @@ impl Noise for RecordedNoise {
         Ok(next.to_dtype(like.dtype())?.to_device(like.device())?)
     }
 
-    fn brownian(&mut self, _: &Tensor, _: f64, _: f64) -> Result<Tensor> {
-        Err(
-            Report::new("recorded noise", "a Brownian path was asked for")
-                .expected("draws of independent normals")
-                .unsupported(),
-        )
+    fn brownian(&mut self, like: &Tensor, from: f64, to: f64) -> Result<Tensor> {
+        // What was recorded is the increment over its length.
+        Ok(self.normal(like)?.affine((to - from).abs().sqrt(), 0.0)?)
     }
 
     fn child(&mut self, _: u64) -> Box<dyn Noise> {

@@ -14,6 +14,7 @@ use diffusion_core::predict::{Kind, Prediction, target};
 use diffusion_core::sample::Move;
 use diffusion_core::schedule::Point;
 use diffusion_core::tensor::At;
+use diffusion_nn::layer::{DiagonalGaussian, sincos_position_2d};
 
 /// Runs a function fixture.
 ///
@@ -23,7 +24,9 @@ use diffusion_core::tensor::At;
 pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     match fixture.text("function") {
         "add_noise_vp" => noise_at_timesteps(fixture, check),
-        "add_noise_index" => noise_at_indices(fixture, check),
+        "add_noise_index" | "scale_noise" => noise_at_indices(fixture, check),
+        "diagonal_gaussian" => diagonal_gaussian(fixture, check),
+        "get_2d_sincos_pos_embed" => positions(fixture, check),
         "get_timestep_embedding" => embedding(fixture, check),
         "edm_precondition" => precondition(fixture, check),
         "rescale_noise_cfg" => guidance(fixture, check),
@@ -113,7 +116,54 @@ fn noise_at_indices(fixture: &Fixture, check: &mut Check) -> Result<()> {
         check.values("timesteps_used", &used, &values(stored)?);
     }
     let (x0, noise) = (fixture.input_f64("x0")?, fixture.input_f64("noise")?);
-    check.stored(out, "noisy", &marginal(&x0, &noise, At::Each(&points))?)
+    let at = At::Each(&points);
+    check.stored(out, "noisy", &marginal(&x0, &noise, at)?)?;
+    check.stored(
+        out,
+        "target.velocity",
+        &target(Kind::Flow, &x0, &noise, at)?,
+    )
+}
+
+/// The posterior of an autoencoder.
+fn diagonal_gaussian(fixture: &Fixture, check: &mut Check) -> Result<()> {
+    let p = DiagonalGaussian::new(&fixture.input_f64("moments")?)?;
+    let out = &fixture.outputs;
+    for (name, ours) in [
+        ("mean", p.mean.clone()),
+        ("mode", p.mean.clone()),
+        ("logvar", p.logvar.clone()),
+        ("std", p.std()?),
+        ("var", p.var()?),
+        ("sample", p.sample(&fixture.input_f64("noise")?)?),
+        ("kl", p.kl()?),
+        ("nll", p.nll(&fixture.input_f64("x")?)?),
+    ] {
+        check.stored(out, name, &ours)?;
+    }
+    Ok(())
+}
+
+/// The position table of a vision transformer.
+fn positions(fixture: &Fixture, check: &mut Check) -> Result<()> {
+    let count = |name: &str| {
+        fixture
+            .count(name)?
+            .with_context(|| format!("call.{name} is missing"))
+    };
+    let grid = match fixture.call.get("grid_size").and_then(|v| v.as_array()) {
+        Some(sides) => {
+            let side = |i: usize| sides.get(i).and_then(|v| v.as_u64()).map(|s| s as usize);
+            side(0)
+                .zip(side(1))
+                .context("call.grid_size: expected two sides")?
+        }
+        None => (count("grid_size")?, count("grid_size")?),
+    };
+    let base = fixture.count("base_size")?.unwrap_or(16);
+    let scale = fixture.number("interpolation_scale")?.unwrap_or(1.0);
+    let ours = sincos_position_2d(count("embed_dim")?, grid, base, scale, &Device::Cpu)?;
+    check.stored(&fixture.outputs, "pos_embed", &ours)
 }
 
 /// The level that belongs to a timestep of a run. Where several steps share the timestep it is
@@ -121,7 +171,7 @@ fn noise_at_indices(fixture: &Fixture, check: &mut Check) -> Result<()> {
 fn level(plan: &Plan, time: f64) -> Result<Point> {
     if plan.frame == Frame::Vp {
         let mut from = plan.moves.iter().filter_map(|planned| match planned {
-            Move::Denoise(from, _) if from.t == time => Some(*from),
+            Move::Denoise(from, _) if (from.t - time).abs() <= 1e-6 * time.abs() => Some(*from),
             _ => None,
         });
         let first = from.next().context("no step starts at this timestep")?;

@@ -8,6 +8,7 @@
 //! | file | kind |
 //! |---|---|
 //! | [`scheduler`] | whole sampling runs on a model in closed form |
+//! | [`tables`] | timesteps and noise levels of many runs |
 //! | [`function`] | single formulas |
 //! | [`module`] | networks and their parts, with gradients |
 //! | [`pipeline`] | saved model folders, from the file to the image |
@@ -21,6 +22,7 @@ pub mod model;
 pub mod module;
 pub mod pipeline;
 pub mod scheduler;
+pub mod tables;
 pub mod training;
 
 use anyhow::{Context, Result};
@@ -41,12 +43,35 @@ pub const TABLE: &[(&str, &str, Runner)] = &[
     ("scheduler", "heun", scheduler::run),
     ("scheduler", "edm_euler", scheduler::run),
     ("scheduler", "dpmsolver_multistep", scheduler::run),
+    ("scheduler", "ddim_inverse", scheduler::run),
+    ("scheduler", "pndm", scheduler::run),
+    ("scheduler", "ipndm", scheduler::run),
+    ("scheduler", "lcm", scheduler::run),
+    ("scheduler", "tcd", scheduler::run),
+    ("scheduler", "unclip", scheduler::run),
+    ("scheduler", "euler_ancestral", scheduler::run),
+    ("scheduler", "lms", scheduler::run),
+    ("scheduler", "kdpm2", scheduler::run),
+    ("scheduler", "kdpm2_ancestral", scheduler::run),
+    ("scheduler", "dpmsolver_sde", scheduler::run),
+    ("scheduler", "dpmsolver_multistep_inverse", scheduler::run),
+    ("scheduler", "dpmsolver_singlestep", scheduler::run),
+    ("scheduler", "deis", scheduler::run),
+    ("scheduler", "unipc", scheduler::run),
+    ("scheduler", "sasolver", scheduler::run),
+    ("scheduler", "edm_dpmsolver_multistep", scheduler::run),
+    ("scheduler", "cm_stochastic_iterative", scheduler::run),
+    ("scheduler", "flow_match_euler", scheduler::run),
+    ("scheduler", "flow_match_heun", scheduler::run),
     ("function", "forward_process", function::run),
     ("function", "timestep_embedding", function::run),
     ("function", "ema", function::run),
     ("function", "training", function::run),
     ("function", "edm", function::run),
     ("function", "guidance", function::run),
+    ("function", "timesteps", tables::run),
+    ("function", "autoencoder_kl", function::run),
+    ("function", "dit", function::run),
     ("module", "unet2d", module::unet),
     ("module", "unet2d_adm", module::unet),
     ("module", "unet2d_ncsnpp", module::unet),

@@ -12,7 +12,7 @@ use diffusion_core::denoiser::{Call, Denoiser};
 use diffusion_core::predict::{Kind, Prediction, edm_out, edm_skip};
 use diffusion_core::schedule::{Point, Table};
 use diffusion_core::tensor::{At, lincomb};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 /// Where `a` and `b` come from.
 #[derive(Clone, Debug)]
@@ -21,6 +21,9 @@ pub enum Coefficients {
     AlphaBar(Table),
     /// From the noise level of the step.
     Point,
+    /// As they were recorded, call by call: of DPM2's ancestral class the recorded model took the
+    /// middle of the next pair for the middle of this one.
+    Recorded(Vec<(f64, f64)>),
 }
 
 /// Normal data, seen as what a scheduler expects of its model.
@@ -36,6 +39,8 @@ pub struct ClosedForm {
     pub coefficients: Coefficients,
     /// The learned mixing weight of the variance, `[1, C, …]`.
     pub var_mix: Option<Tensor>,
+    /// Calls so far.
+    pub calls: Cell<usize>,
 }
 
 impl ClosedForm {
@@ -46,6 +51,11 @@ impl ClosedForm {
                 (p.alpha, p.sigma)
             }
             Coefficients::Point => (at.alpha, at.sigma),
+            Coefficients::Recorded(list) => {
+                let known = list.get(self.calls.get()).copied();
+                self.calls.set(self.calls.get() + 1);
+                known.unwrap_or((at.alpha, at.sigma))
+            }
         }
     }
 }
@@ -106,6 +116,8 @@ pub struct Asked {
     pub at: Point,
     /// `x₀` after clipping.
     pub x0: Tensor,
+    /// The whole answer.
+    pub said: Prediction,
 }
 
 /// Writes down every call.
@@ -143,6 +155,7 @@ impl<D: Denoiser> Denoiser for Recorder<D> {
                 x: x.clone(),
                 at: point,
                 x0,
+                said: said.clone(),
             });
         }
         Ok(said)

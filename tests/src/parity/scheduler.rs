@@ -11,8 +11,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 use diffusion_core::interop::scheduler::{Frame, Plan, Request, Scheduler};
 use diffusion_core::noise::RecordedNoise;
-use diffusion_core::sample::{Ctx, Progress};
-use diffusion_core::tensor::lincomb;
+use diffusion_core::sample::{Ctx, Move, Progress};
+use diffusion_core::schedule::Table;
+use diffusion_core::tensor::{At, lincomb};
 use serde_json::Value;
 use std::ops::ControlFlow;
 
@@ -20,6 +21,9 @@ use std::ops::ControlFlow;
 const KNOWN: &[&str] = &[
     "num_inference_steps",
     "timesteps",
+    "sigmas",
+    "mu",
+    "clean_start",
     "timestep_slack",
     "step",
     "coefficients",
@@ -90,7 +94,11 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
         states
     };
     check.stack(stored, "xs", &states)?;
-    let x0s = denoised(&plan, &request, &calls, &states, &noises)?;
+    let x0s = match (fixture.system.as_str(), scheduler.table()) {
+        ("tcd", Some(table)) => down_the_flow(&plan, &request, &calls, table)?,
+        ("lcm", _) => jumps(&plan, &calls, &states)?,
+        _ => denoised(&plan, &request, &calls, &states, &noises)?,
+    };
     check.stack(stored, "x0s", &x0s)
 }
 
@@ -106,13 +114,22 @@ fn request(fixture: &Fixture) -> Result<Request> {
         request.timesteps = Some(whole.context("call.timesteps: expected whole numbers")?);
         request.steps = None;
     }
+    if let Some(list) = fixture.call.get("sigmas").filter(|v| !v.is_null()) {
+        let list = list.as_array().context("call.sigmas: expected a list")?;
+        let all = list.iter().map(Value::as_f64).collect::<Option<Vec<_>>>();
+        request.sigmas = Some(all.context("call.sigmas: expected numbers")?);
+        request.steps = None;
+    }
+    request.mu = fixture.number("mu")?;
     let Some(step) = fixture.call.get("step").and_then(Value::as_object) else {
         return Ok(request);
     };
     for (name, value) in step {
         let given = || number(Some(value), name);
         match name.as_str() {
+            "eta" if fixture.system == "tcd" => request.gamma = given()?,
             "eta" => request.eta = given()?.unwrap_or(0.0),
+            "order" => request.order = value.as_u64().map(|order| order as usize),
             "s_churn" => request.s_churn = given()?.unwrap_or(0.0),
             "s_tmin" => request.s_tmin = given()?.unwrap_or(0.0),
             "s_tmax" => request.s_tmax = given()?,
@@ -128,8 +145,18 @@ fn request(fixture: &Fixture) -> Result<Request> {
 
 fn closed_form(fixture: &Fixture, scheduler: &Scheduler, plan: &Plan) -> Result<ClosedForm> {
     let coefficients = match (fixture.text("coefficients"), scheduler.table(), plan.frame) {
+        ("sigma_vp", ..) if fixture.system == "kdpm2_ancestral" => {
+            let stored = |name: &str| -> Result<Vec<f64>> {
+                let tensor = fixture.outputs.get(name);
+                values(tensor.with_context(|| format!("no output tensor `{name}`"))?)
+            };
+            let pairs = stored("model_a")?.into_iter().zip(stored("model_b")?);
+            Coefficients::Recorded(pairs.collect())
+        }
         ("alphas_cumprod", Some(table), Frame::Vp) => Coefficients::AlphaBar(table.clone()),
-        ("sigma_vp", _, Frame::VpInVe) | ("edm", _, Frame::Edm { .. }) => Coefficients::Point,
+        ("sigma_vp", _, Frame::VpInVe)
+        | ("edm", _, Frame::Edm { .. })
+        | ("sigma_flow" | "ipndm", _, Frame::Vp) => Coefficients::Point,
         (other, ..) => return Err(unsupported(format!("the coefficients {other:?}"))),
     };
     let learned = fixture
@@ -146,6 +173,7 @@ fn closed_form(fixture: &Fixture, scheduler: &Scheduler, plan: &Plan) -> Result<
             true => Some(of_one_item(&fixture.input_f64("model_var")?)?),
             false => None,
         },
+        calls: Default::default(),
     })
 }
 
@@ -170,6 +198,43 @@ pub fn timesteps(
     Ok(())
 }
 
+/// What TCD gives beside its samples: the sample before it is noised again.
+fn down_the_flow(
+    plan: &Plan,
+    request: &Request,
+    calls: &[Asked],
+    table: &Table,
+) -> Result<Vec<Tensor>> {
+    let gamma = request.gamma.unwrap_or(0.3);
+    let of = |(call, planned): (&Asked, &Move)| {
+        let s = table.index(((1.0 - gamma) * planned.end().t).floor() as i64);
+        let at = At::All(call.at);
+        let epsilon = call.said.epsilon_of_x0(&call.x, at)?;
+        Ok(lincomb(s.alpha, &call.x0, s.sigma, &epsilon)?)
+    };
+    calls.iter().zip(&plan.moves).map(of).collect()
+}
+
+/// What LCM gives beside its samples: the jump to the data, `c_skip x + c_out x̂₀` over ten times the
+/// timestep.
+fn jumps(plan: &Plan, calls: &[Asked], states: &[Tensor]) -> Result<Vec<Tensor>> {
+    let mut out = Vec::new();
+    for (call, t) in calls.iter().zip(&plan.timesteps) {
+        let root = (10.0 * t).hypot(0.5);
+        out.push(lincomb(
+            (0.5 / root).powi(2),
+            &call.x,
+            10.0 * t / root,
+            &call.x0,
+        )?);
+    }
+    // The last one is the result itself.
+    if let (Some(last), Some(state)) = (out.last_mut(), states.last()) {
+        *last = state.clone();
+    }
+    Ok(out)
+}
+
 /// The denoised estimate of each call, as the step used it.
 ///
 /// With churn the estimate belongs to the raised sample, which no call has seen; it follows from
@@ -187,6 +252,17 @@ fn denoised(
 ) -> Result<Vec<Tensor>> {
     let sigmas = match &plan.sigmas {
         Some(sigmas) if request.s_churn > 0.0 => sigmas,
+        _ if calls.len() == plan.moves.len() => {
+            // Where the move starts, whatever the network was told.
+            let of = |(call, planned): (&Asked, &Move)| {
+                let from = match planned {
+                    Move::Denoise(from, _) => *from,
+                    _ => call.at,
+                };
+                Ok(call.said.x0(&call.x, At::All(from))?)
+            };
+            return calls.iter().zip(&plan.moves).map(of).collect();
+        }
         _ => return Ok(calls.iter().map(|call| call.x0.clone()).collect()),
     };
     let raise = (request.s_churn / (sigmas.len() - 1) as f64).min(2f64.sqrt() - 1.0);

@@ -10,25 +10,60 @@
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
-//! | [`dpm_solver_pp`] | DPM-Solver++ 1 and 2M | 1, 2 |
+//! | [`dpm_multistep`] | DPM-Solver and DPM-Solver++ 1, 2M, 3M, ODE and SDE | 1, 2, 3 |
+//! | [`dpm_singlestep`] | DPM-Solver and DPM-Solver++ 2S, 3S | 2, 3 |
+//! | [`dpm_adaptive`] | DPM-Solver-12 and -23 with adaptive steps | by tolerance |
+//! | [`dpm_pp_sde`] | DPM-Solver++ SDE of k-diffusion | stochastic |
+//! | [`kdpm2`] | DPM2 of k-diffusion, plain and ancestral | 2 |
+//! | [`deis`] | DEIS in ρ, ln ρ and t; the linear multistep method | 1 to 4 |
+//! | [`unipc`] | UniPC, any order, both `B(h)` | order + 1 |
+//! | [`pndm`] | F-PNDM, PLMS, iPNDM | unstated |
+//! | [`sa_solver`] | SA-Solver, predictor and corrector | stochastic |
+//! | [`flow_heun`] | Heun on straight paths | 2 |
+//! | [`consistency`] | LCM, consistency models, any few-step `x₀` map | stochastic |
+//! | [`tcd`] | trajectory consistency sampling | stochastic |
 
 pub mod ancestral;
 pub mod churn;
+pub mod consistency;
 pub mod ddim;
-pub mod dpm_solver_pp;
+pub mod deis;
+pub mod dpm_adaptive;
+pub mod dpm_multistep;
+pub mod dpm_pp_sde;
+pub mod dpm_singlestep;
 pub mod euler;
+pub mod exponential;
+pub mod flow_heun;
 pub mod heun;
+pub mod kdpm2;
 mod plan;
+pub mod pndm;
 mod registry;
+pub mod sa_solver;
+pub mod tcd;
+pub mod unipc;
 
 pub use ancestral::{Ancestral, Variance};
 pub use churn::{Churn, ChurnOrder};
+pub use consistency::{Boundary, Consistency};
 pub use ddim::{Ddim, Direction};
-pub use dpm_solver_pp::{DpmSolverPp, LowerFinal};
+pub use deis::{Basis, Deis};
+pub use dpm_adaptive::DpmAdaptive;
+pub use dpm_multistep::{DpmMultistep, Third};
+pub use dpm_pp_sde::DpmPpSde;
+pub use dpm_singlestep::DpmSinglestep;
 pub use euler::Euler;
+pub use exponential::{Belief, Rule};
+pub use flow_heun::FlowHeun;
 pub use heun::Heun;
+pub use kdpm2::{Kdpm2, kdpm2_points};
 pub use plan::{Constraint, Corrector, Move, Planned};
-pub use registry::SamplerConfig;
+pub use pndm::{Ipndm, Pndm, Start};
+pub use registry::{SAMPLERS, SamplerConfig};
+pub use sa_solver::{SaSolver, Tau};
+pub use tcd::Tcd;
+pub use unipc::{UniPc, UniPcB};
 
 use crate::denoiser::{Call, Denoiser};
 use crate::error::Result;
@@ -62,6 +97,11 @@ pub struct Ctx<'a> {
     pub index: usize,
     /// Number of moves.
     pub total: usize,
+    /// Whether the last move ends in the data.
+    pub ends_in_data: bool,
+    /// Whether the noise of a step is the increment of one Brownian path over `λ`, so that a finer
+    /// grid refines the same path. Slower than independent draws.
+    pub brownian: bool,
     /// Network calls so far.
     pub calls: usize,
 }
@@ -75,8 +115,23 @@ impl<'a> Ctx<'a> {
             items,
             index: 0,
             total: 0,
+            ends_in_data: false,
+            brownian: false,
             calls: 0,
         }
+    }
+
+    /// Standard normal noise for the step between two points, shaped as `like`.
+    ///
+    /// # Errors
+    /// Those of the noise source.
+    pub fn noise_between(&mut self, like: &Tensor, from: &Point, to: &Point) -> Result<Tensor> {
+        let (a, b) = (from.lambda(), to.lambda());
+        if !self.brownian || !a.is_finite() || !b.is_finite() || a == b {
+            return self.noise.normal(like);
+        }
+        let increment = self.noise.brownian(like, a, b)?;
+        Ok(increment.affine((b - a).abs().sqrt().recip(), 0.0)?)
     }
 
     /// Asks the model about the whole batch at one point.

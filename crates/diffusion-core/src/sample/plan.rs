@@ -98,6 +98,7 @@ impl<S: Step> Solver for Planned<S> {
         let mut x = x.to_dtype(self.state.unwrap_or(dtype))?;
         let mut memory = S::Memory::default();
         ctx.total = self.moves.len();
+        ctx.ends_in_data = self.moves.last().is_some_and(|m| m.end().sigma == 0.0);
         for (index, planned) in self.moves.iter().enumerate() {
             ctx.index = index;
             x = match planned {

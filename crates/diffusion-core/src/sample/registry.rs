@@ -1,11 +1,14 @@
 //! Samplers by name, for configurations and command lines.
 
 use super::{
-    Ancestral, Churn, Ddim, Direction, DpmSolverPp, Euler, Heun, Planned, Solver, Variance,
+    Ancestral, Basis, Belief, Churn, Consistency, Ddim, Deis, Direction, DpmAdaptive, DpmMultistep,
+    DpmPpSde, DpmSinglestep, Euler, FlowHeun, Heun, Ipndm, Kdpm2, Planned, Pndm, SaSolver, Solver,
+    Start, Tcd, Third, UniPc, UniPcB, Variance, dpm_adaptive, kdpm2_points,
 };
 use crate::error::{Report, Result};
-use crate::schedule::Point;
+use crate::schedule::{Edm, Point, Schedule};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// A sampler and its parameters.
 #[derive(Clone, Serialize, Deserialize)]
@@ -19,22 +22,156 @@ pub enum SamplerConfig {
     Euler(Euler),
     /// [`Heun`].
     Heun(Heun),
-    /// [`DpmSolverPp`].
-    DpmSolverPp(DpmSolverPp),
+    /// [`Kdpm2`].
+    Kdpm2(Kdpm2),
+    /// [`DpmMultistep`].
+    DpmMultistep(DpmMultistep),
+    /// [`DpmSinglestep`].
+    DpmSinglestep(DpmSinglestep),
+    /// [`DpmAdaptive`].
+    DpmAdaptive(DpmAdaptive),
+    /// [`DpmPpSde`].
+    DpmPpSde(DpmPpSde),
+    /// [`Deis`].
+    Deis(Deis),
+    /// [`UniPc`].
+    UniPc(UniPc),
+    /// [`Pndm`].
+    Pndm(Pndm),
+    /// [`Ipndm`].
+    Ipndm(Ipndm),
+    /// [`SaSolver`].
+    SaSolver(SaSolver),
+    /// [`FlowHeun`].
+    FlowHeun(FlowHeun),
+    /// [`Consistency`].
+    Consistency(Consistency),
+    /// [`Tcd`].
+    Tcd(Tcd),
 }
 
-/// Every name that [`SamplerConfig::named`] knows, with what it is.
-pub const SAMPLERS: [(&str, &str); 9] = [
-    ("ddpm", "ancestral sampling with the small variance"),
-    ("ddpm-large", "ancestral sampling with the large variance"),
-    ("ddim", "deterministic DDIM"),
-    ("ddim-eta1", "DDIM with eta = 1"),
-    ("euler", "Euler in sigma/alpha"),
-    ("heun", "Heun in sigma/alpha, two calls a step"),
-    ("edm", "Heun with EDM's churn (40, 0.05 to 50, 1.003)"),
-    ("dpmpp-1", "DPM-Solver++ of order 1"),
-    ("dpmpp-2m", "DPM-Solver++ 2M"),
+/// A named sampler.
+pub struct Named {
+    /// The name.
+    pub name: &'static str,
+    /// What it is, in a few words.
+    pub about: &'static str,
+    /// The sampler with its usual parameters.
+    pub config: fn() -> SamplerConfig,
+}
+
+/// The multistep solver of this belief and order with its usual end.
+fn multistep(belief: Belief, order: usize) -> DpmMultistep {
+    DpmMultistep {
+        belief,
+        order,
+        ..DpmMultistep::default()
+    }
+}
+
+fn singlestep(belief: Belief, order: usize) -> SamplerConfig {
+    SamplerConfig::DpmSinglestep(DpmSinglestep {
+        belief,
+        order,
+        ..DpmSinglestep::default()
+    })
+}
+
+fn sde(order: usize) -> SamplerConfig {
+    SamplerConfig::DpmMultistep(DpmMultistep {
+        stochastic: true,
+        ..multistep(Belief::X0, order)
+    })
+}
+
+fn ddim(eta: f64) -> SamplerConfig {
+    SamplerConfig::Ddim(Ddim {
+        eta,
+        direction: Direction::Rederived,
+    })
+}
+
+fn deis(basis: Basis, order: usize) -> SamplerConfig {
+    SamplerConfig::Deis(Deis {
+        basis,
+        order,
+        ..Deis::default()
+    })
+}
+
+fn unipc(order: usize, b: UniPcB) -> SamplerConfig {
+    SamplerConfig::UniPc(UniPc {
+        order,
+        b,
+        ..UniPc::default()
+    })
+}
+
+fn adaptive(order: usize) -> SamplerConfig {
+    SamplerConfig::DpmAdaptive(DpmAdaptive {
+        order,
+        ..DpmAdaptive::default()
+    })
+}
+
+macro_rules! samplers {
+    ($($name:literal, $about:literal, $config:expr;)*) => {
+        &[$(Named { name: $name, about: $about, config: || $config }),*]
+    };
+}
+
+/// Every named sampler; adding one is adding a line.
+#[rustfmt::skip]
+pub const SAMPLERS: &[Named] = samplers![
+    "ddpm", "ancestral sampling with the small variance", SamplerConfig::Ddpm(Ancestral::default());
+    "ddpm-large", "ancestral sampling with the large variance", SamplerConfig::Ddpm(Ancestral { variance: Variance::FixedLarge, ..Ancestral::default() });
+    "ddpm-learned", "ancestral sampling with the network's variance", SamplerConfig::Ddpm(Ancestral { variance: Variance::LearnedRange, ..Ancestral::default() });
+    "ddim", "deterministic DDIM", ddim(0.0);
+    "ddim-eta1", "DDIM with eta = 1", ddim(1.0);
+    "euler", "Euler in sigma/alpha", SamplerConfig::Euler(Euler::default());
+    "euler-a", "Euler ancestral: DDIM with eta = 1", ddim(1.0);
+    "heun", "Heun in sigma/alpha, two calls a step", SamplerConfig::Heun(Heun::default());
+    "edm", "Heun with EDM's churn (40, 0.05 to 50, 1.003)", SamplerConfig::Heun(Heun { churn: Churn { s_churn: 40.0, s_min: 0.05, s_max: Some(50.0), s_noise: 1.003, ..Churn::default() } });
+    "kdpm2", "DPM2 of k-diffusion, two calls a step", SamplerConfig::Kdpm2(Kdpm2::default());
+    "kdpm2-a", "DPM2 ancestral of k-diffusion, two calls a step", SamplerConfig::Kdpm2(Kdpm2 { eta: 1.0 });
+    "lms", "linear multistep method of order 4", SamplerConfig::Deis(Deis::lms(4));
+    "dpm-2m", "DPM-Solver of order 2, multistep", SamplerConfig::DpmMultistep(multistep(Belief::Epsilon, 2));
+    "dpm-3m", "DPM-Solver of order 3, multistep", SamplerConfig::DpmMultistep(multistep(Belief::Epsilon, 3));
+    "dpm-2s", "DPM-Solver of order 2, singlestep", singlestep(Belief::Epsilon, 2);
+    "dpm-3s", "DPM-Solver of order 3, singlestep (fast)", singlestep(Belief::Epsilon, 3);
+    "dpm-12", "DPM-Solver with adaptive steps, orders 1 and 2", adaptive(2);
+    "dpm-23", "DPM-Solver with adaptive steps, orders 2 and 3", adaptive(3);
+    "dpmpp-1", "DPM-Solver++ of order 1", SamplerConfig::DpmMultistep(multistep(Belief::X0, 1));
+    "dpmpp-2m", "DPM-Solver++ 2M", SamplerConfig::DpmMultistep(multistep(Belief::X0, 2));
+    "dpmpp-3m", "DPM-Solver++ 3M, with the factor that makes it third order", SamplerConfig::DpmMultistep(multistep(Belief::X0, 3));
+    "dpmpp-3m-published", "DPM-Solver++ 3M as published", SamplerConfig::DpmMultistep(DpmMultistep { third: Third::Published, ..multistep(Belief::X0, 3) });
+    "dpmpp-2s", "DPM-Solver++ of order 2, singlestep", singlestep(Belief::X0, 2);
+    "dpmpp-3s", "DPM-Solver++ of order 3, singlestep", singlestep(Belief::X0, 3);
+    "dpmpp-1-sde", "SDE-DPM-Solver++ of order 1", sde(1);
+    "dpmpp-2m-sde", "SDE-DPM-Solver++ 2M", sde(2);
+    "dpmpp-3m-sde", "SDE-DPM-Solver++ 3M", sde(3);
+    "dpmpp-sde", "DPM-Solver++ SDE of k-diffusion, two calls a step", SamplerConfig::DpmPpSde(DpmPpSde::default());
+    "deis", "DEIS of order 3 in ln(sigma/alpha)", deis(Basis::LogRho, 3);
+    "deis-rho", "DEIS of order 3 in sigma/alpha", deis(Basis::Rho, 3);
+    "deis-t", "DEIS of order 3 in time", deis(Basis::Time, 3);
+    "unipc", "UniPC of order 2, B(h) = e^h - 1", unipc(2, UniPcB::Bh2);
+    "unipc-3", "UniPC of order 3, B(h) = e^h - 1", unipc(3, UniPcB::Bh2);
+    "unipc-bh1", "UniPC of order 2, B(h) = h", unipc(2, UniPcB::Bh1);
+    "unipc-3-bh1", "UniPC of order 3, B(h) = h", unipc(3, UniPcB::Bh1);
+    "pndm", "PNDM started by pseudo Runge-Kutta steps", SamplerConfig::Pndm(Pndm { start: Start::RungeKutta, ..Pndm::default() });
+    "plms", "PNDM started by a pseudo Heun step", SamplerConfig::Pndm(Pndm::default());
+    "ipndm", "DDIM with extrapolated noise", SamplerConfig::Ipndm(Ipndm::default());
+    "sa-solver", "SA-Solver, predictor and corrector of order 2, tau = 1", SamplerConfig::SaSolver(SaSolver::default());
+    "flow-heun", "Heun on straight paths, two calls a step", SamplerConfig::FlowHeun(FlowHeun::default());
+    "consistency", "jumps to the data with fresh noise between", SamplerConfig::Consistency(Consistency::default());
+    "tcd", "trajectory consistency sampling, gamma = 0.3", SamplerConfig::Tcd(Tcd::default());
 ];
+
+/// Names of samplers, comma by comma.
+pub fn names() -> String {
+    let names: Vec<&str> = SAMPLERS.iter().map(|s| s.name).collect();
+    names.join(", ")
+}
 
 impl SamplerConfig {
     /// The sampler of this name with its usual parameters.
@@ -42,53 +179,24 @@ impl SamplerConfig {
     /// # Errors
     /// `Config` listing the names.
     pub fn named(name: &str) -> Result<Self> {
-        Ok(match name {
-            "ddpm" => Self::Ddpm(Ancestral::default()),
-            "ddpm-large" => Self::Ddpm(Ancestral {
-                variance: Variance::FixedLarge,
-                ..Ancestral::default()
-            }),
-            "ddim" => Self::Ddim(Ddim {
-                eta: 0.0,
-                direction: Direction::Rederived,
-            }),
-            "ddim-eta1" => Self::Ddim(Ddim {
-                eta: 1.0,
-                direction: Direction::Rederived,
-            }),
-            "euler" => Self::Euler(Euler::default()),
-            "heun" => Self::Heun(Heun::default()),
-            "edm" => Self::Heun(Heun {
-                churn: Churn {
-                    s_churn: 40.0,
-                    s_min: 0.05,
-                    s_max: Some(50.0),
-                    s_noise: 1.003,
-                    ..Churn::default()
-                },
-            }),
-            "dpmpp-1" => Self::DpmSolverPp(DpmSolverPp {
-                multistep: false,
-                ..DpmSolverPp::default()
-            }),
-            "dpmpp-2m" => Self::DpmSolverPp(DpmSolverPp::default()),
-            other => {
-                let names: Vec<&str> = SAMPLERS.iter().map(|s| s.0).collect();
-                return Err(Report::new("sampler", other)
-                    .expected(format!("one of {}", names.join(", ")))
-                    .config());
-            }
-        })
+        match SAMPLERS.iter().find(|s| s.name == name) {
+            Some(found) => Ok((found.config)()),
+            None => Err(Report::new("sampler", name)
+                .expected(format!("one of {}", names()))
+                .config()),
+        }
     }
 
     /// The solver along the points of a grid, its state in f64 where the method asks for it.
     ///
-    /// `schedule` tells churned samples their time; without one the time is the noise level.
+    /// `schedule` is what the points lie on; it says where points between them stand, and what time a
+    /// churned sample has. Without one the time is the noise level of a variance-exploding sample.
     pub fn solver(
         &self,
         points: &[Point],
-        schedule: Option<std::sync::Arc<dyn crate::schedule::Schedule + Send + Sync>>,
+        schedule: Option<Arc<dyn Schedule + Send + Sync>>,
     ) -> Box<dyn Solver> {
+        let between = || schedule.clone().unwrap_or_else(|| Arc::new(Edm::default()));
         match self.clone() {
             Self::Ddpm(step) => Box::new(Planned::new(step, points)),
             Self::Ddim(step) => Box::new(Planned::new(step, points)),
@@ -100,7 +208,42 @@ impl SamplerConfig {
                 step.churn.schedule = schedule;
                 Box::new(Planned::new(step, points).in_f64())
             }
-            Self::DpmSolverPp(step) => Box::new(Planned::new(step, points)),
+            Self::Kdpm2(step) => {
+                let points = kdpm2_points(points, &*between(), step.eta);
+                Box::new(Planned::new(step, &points))
+            }
+            Self::DpmMultistep(step) => Box::new(Planned::new(step, points)),
+            Self::DpmSinglestep(step) => Box::new(Planned::new(step, points)),
+            Self::DpmAdaptive(mut step) => {
+                let asked: Vec<&Point> = points.iter().filter(|p| p.sigma > 0.0).collect();
+                if let (Some(from), Some(to)) = (asked.first(), asked.last()) {
+                    step.span = Some(dpm_adaptive::Span {
+                        from: **from,
+                        to: **to,
+                        schedule: between(),
+                        denoise: asked.len() < points.len(),
+                    });
+                }
+                Box::new(step)
+            }
+            Self::DpmPpSde(step) => {
+                let points = kdpm2_points(points, &*between(), 0.0);
+                Box::new(Planned::new(step, &points))
+            }
+            Self::Deis(mut step) => {
+                step.schedule = Some(between());
+                Box::new(Planned::new(step, points))
+            }
+            Self::UniPc(step) => Box::new(Planned::new(step, points)),
+            Self::Pndm(step) => Box::new(Pndm::along(step.start, points, &*between())),
+            Self::Ipndm(step) => Box::new(Planned::new(step, points)),
+            Self::SaSolver(step) => Box::new(Planned::new(step, points)),
+            Self::FlowHeun(step) => Box::new(Planned::new(step, points)),
+            Self::Consistency(step) => Box::new(Planned::new(step, points)),
+            Self::Tcd(step) => Box::new(Planned::new(
+                Tcd::along(step.gamma, points, &*between()),
+                points,
+            )),
         }
     }
 }
@@ -111,8 +254,10 @@ mod tests {
 
     #[test]
     fn every_listed_name_is_known_and_no_other() {
-        for (name, _) in SAMPLERS {
+        for Named { name, .. } in SAMPLERS {
             assert!(SamplerConfig::named(name).is_ok(), "{name}");
+            let twice = SAMPLERS.iter().filter(|s| s.name == *name).count();
+            assert_eq!(twice, 1, "{name}");
         }
         let error = SamplerConfig::named("dimm").err().unwrap().to_string();
         assert!(
@@ -123,11 +268,10 @@ mod tests {
 
     #[test]
     fn survives_a_round_trip_through_json() {
-        for (name, _) in SAMPLERS {
-            let config = SamplerConfig::named(name).unwrap();
-            let text = serde_json::to_string(&config).unwrap();
+        for Named { name, config, .. } in SAMPLERS {
+            let text = serde_json::to_string(&config()).unwrap();
             let back: SamplerConfig = serde_json::from_str(&text).unwrap();
-            assert_eq!(serde_json::to_string(&back).unwrap(), text);
+            assert_eq!(serde_json::to_string(&back).unwrap(), text, "{name}");
         }
     }
 }

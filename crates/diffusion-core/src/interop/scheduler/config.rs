@@ -2,36 +2,67 @@
 
 use crate::error::{Report, Result};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 /// Classes that can be planned.
-pub const CLASSES: [&str; 6] = [
+pub const CLASSES: [&str; 28] = [
     "DDPMScheduler",
+    "DDPMParallelScheduler",
     "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "IPNDMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UnCLIPScheduler",
     "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
     "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
 ];
 
 /// Classes whose table of betas is read, so that a model trained on it can be sampled in other ways,
 /// but whose own runs cannot be planned.
-pub const TABLES: [&str; 15] = [
-    "DDPMParallelScheduler",
-    "DDIMParallelScheduler",
-    "DDIMInverseScheduler",
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "DPMSolverSDEScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "SASolverScheduler",
-    "RePaintScheduler",
+pub const TABLES: [&str; 1] = ["RePaintScheduler"];
+
+/// Classes that have no table of betas.
+const WITHOUT_TABLE: [&str; 6] = [
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "IPNDMScheduler",
 ];
+
+/// What a class takes for fields that a file leaves out, where that is not the common default.
+fn defaults(class: &str) -> Vec<(&'static str, Value)> {
+    match class {
+        "CMStochasticIterativeScheduler" => vec![("num_train_timesteps", 40.into())],
+        "PNDMScheduler" => vec![("set_alpha_to_one", false.into())],
+        "LCMScheduler" | "TCDScheduler" => vec![
+            ("beta_schedule", "scaled_linear".into()),
+            ("clip_sample", false.into()),
+        ],
+        "UnCLIPScheduler" => vec![("beta_schedule", "squaredcos_cap_v2".into())],
+        _ => Vec::new(),
+    }
+}
 
 /// A scheduler configuration under the library's names. Fields that a class does not have are
 /// simply not read by it; what was left out of the file takes the class's default.
@@ -71,9 +102,26 @@ pub struct Config {
     pub sigma_schedule: String,
     pub rho: f64,
     pub solver_order: usize,
-    pub algorithm_type: String,
-    pub solver_type: String,
+    pub algorithm_type: Option<String>,
+    pub solver_type: Option<String>,
     pub lower_order_final: bool,
+    pub predict_x0: bool,
+    pub disable_corrector: Vec<usize>,
+    pub solver_p: Option<Value>,
+    pub predictor_order: usize,
+    pub corrector_order: usize,
+    pub skip_prk_steps: bool,
+    pub original_inference_steps: usize,
+    pub timestep_scaling: f64,
+    pub clip_denoised: bool,
+    pub s_noise: f64,
+    pub shift: f64,
+    pub flow_shift: f64,
+    pub use_dynamic_shifting: bool,
+    pub time_shift_type: String,
+    pub shift_terminal: Option<f64>,
+    pub invert_sigmas: bool,
+    pub stochastic_sampling: bool,
     pub euler_at_final: bool,
     #[serde(deserialize_with = "number_or_infinity")]
     pub lambda_min_clipped: f64,
@@ -113,9 +161,26 @@ impl Default for Config {
             sigma_schedule: "karras".into(),
             rho: 7.0,
             solver_order: 2,
-            algorithm_type: "dpmsolver++".into(),
-            solver_type: "midpoint".into(),
+            algorithm_type: None,
+            solver_type: None,
             lower_order_final: true,
+            predict_x0: true,
+            disable_corrector: Vec::new(),
+            solver_p: None,
+            predictor_order: 2,
+            corrector_order: 2,
+            skip_prk_steps: false,
+            original_inference_steps: 50,
+            timestep_scaling: 10.0,
+            clip_denoised: true,
+            s_noise: 1.0,
+            shift: 1.0,
+            flow_shift: 1.0,
+            use_dynamic_shifting: false,
+            time_shift_type: "exponential".into(),
+            shift_terminal: None,
+            invert_sigmas: false,
+            stochastic_sampling: false,
             euler_at_final: false,
             lambda_min_clipped: f64::NEG_INFINITY,
         }
@@ -128,7 +193,7 @@ impl Config {
     /// # Errors
     /// As [`super::Scheduler::from_json`].
     pub fn from_json(text: &str, at: &str) -> Result<Self> {
-        let text = quote_infinities(text);
+        let text = with_defaults(quote_infinities(text));
         let mut reader = serde_json::Deserializer::from_str(&text);
         let config: Config = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
             Report::field(at, error.path(), error.inner())
@@ -167,19 +232,32 @@ impl Config {
         one_of(
             &format!("{at}: beta_schedule"),
             &self.beta_schedule,
-            &["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
-            &["exp", "laplace"],
+            &[
+                "linear",
+                "scaled_linear",
+                "squaredcos_cap_v2",
+                "sigmoid",
+                "exp",
+                "laplace",
+            ],
+            &[],
         )?;
         let kinds: &[&str] = match class {
-            "EDMEulerScheduler" => &["epsilon", "v_prediction"],
+            "EDMEulerScheduler" | "EDMDPMSolverMultistepScheduler" => &["epsilon", "v_prediction"],
+            _ if self.use_flow_sigmas => &["flow_prediction"],
             _ => &["epsilon", "sample", "original_sample", "v_prediction"],
         };
         one_of(
             &format!("{at}: prediction_type"),
             &self.prediction_type,
             kinds,
-            &["flow_prediction"],
+            &[],
         )
+    }
+
+    /// Whether the class has a table of betas.
+    pub(super) fn has_table(&self) -> bool {
+        !WITHOUT_TABLE.contains(&self.class.as_str())
     }
 
     /// What decides the runs of the class itself.
@@ -231,7 +309,7 @@ impl Config {
                 &[],
             )?;
         }
-        if class == "EDMEulerScheduler" {
+        if class.starts_with("EDM") {
             one_of(
                 "sigma_schedule",
                 &self.sigma_schedule,
@@ -239,49 +317,98 @@ impl Config {
                 &[],
             )?;
         }
-        if class == "DPMSolverMultistepScheduler" {
+        if class == "UnCLIPScheduler" {
             one_of(
-                "algorithm_type",
-                &self.algorithm_type,
-                &["dpmsolver++"],
-                &["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++", "deis"],
+                "variance_type",
+                self.variance_type.as_deref().unwrap_or("fixed_small_log"),
+                &["fixed_small_log", "learned_range"],
+                &[],
             )?;
-            if self.solver_order == 2 {
-                one_of(
-                    "solver_type",
-                    &self.solver_type,
-                    &["midpoint", "logrho", "bh1", "bh2"],
-                    &["heun"],
-                )?;
-            }
-            if !(1..=2).contains(&self.solver_order) {
-                return Err(
-                    Report::new(format!("{at}: solver_order"), self.solver_order)
-                        .expected("1 or 2")
-                        .remedy("this version does not have it yet")
-                        .unsupported(),
-                );
-            }
         }
-        for (field, on) in [
+        if class.starts_with("FlowMatch") {
+            one_of(
+                "time_shift_type",
+                &self.time_shift_type,
+                &["exponential", "linear"],
+                &[],
+            )?;
+        }
+        self.check_solver(at)?;
+        let spreads = [
+            ("use_karras_sigmas", self.use_karras_sigmas),
+            ("use_exponential_sigmas", self.use_exponential_sigmas),
             ("use_beta_sigmas", self.use_beta_sigmas),
-            ("use_lu_lambdas", self.use_lu_lambdas),
-            ("use_flow_sigmas", self.use_flow_sigmas),
-        ] {
-            if on {
-                return Err(Report::new(format!("{at}: {field}"), true)
-                    .expected("false")
-                    .remedy("this version does not have it yet")
-                    .unsupported());
+        ];
+        let chosen: Vec<&str> = spreads.iter().filter(|s| s.1).map(|s| s.0).collect();
+        if chosen.len() > 1 {
+            return Err(Report::new(at, chosen.join(" and "))
+                .expected("at most one of them")
+                .remedy("correct the file, or get it again")
+                .config());
+        }
+        Ok(())
+    }
+
+    /// Algorithms, orders and rules of the classes that step in `λ`.
+    fn check_solver(&self, at: &str) -> Result<()> {
+        let class = self.class.as_str();
+        let rules = ["midpoint", "heun", "logrho", "bh1", "bh2"];
+        let (algorithms, most): (&[&str], usize) = match class {
+            "DPMSolverMultistepScheduler" | "DPMSolverMultistepInverseScheduler" => (
+                &[
+                    "dpmsolver++",
+                    "dpmsolver",
+                    "sde-dpmsolver++",
+                    "sde-dpmsolver",
+                    "deis",
+                ],
+                3,
+            ),
+            "DPMSolverSinglestepScheduler" => {
+                (&["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis"], 3)
+            }
+            "EDMDPMSolverMultistepScheduler" => (&["dpmsolver++", "sde-dpmsolver++", "deis"], 3),
+            "DEISMultistepScheduler" => (&["deis", "dpmsolver", "dpmsolver++"], 3),
+            "SASolverScheduler" => (&["data_prediction", "noise_prediction"], 3),
+            "UniPCMultistepScheduler" => (&[], 9),
+            _ => return Ok(()),
+        };
+        if let (Some(algorithm), false) = (&self.algorithm_type, algorithms.is_empty()) {
+            one_of(&format!("{at}: algorithm_type"), algorithm, algorithms, &[])?;
+        }
+        if let Some(rule) = &self.solver_type {
+            one_of(&format!("{at}: solver_type"), rule, &rules, &[])?;
+        }
+        let orders = [
+            ("solver_order", self.solver_order, 1),
+            ("predictor_order", self.predictor_order, 1),
+            ("corrector_order", self.corrector_order, 0),
+        ];
+        for (field, order, least) in orders {
+            let most = if field == "solver_order" { most } else { 4 };
+            if !(least..=most).contains(&order) {
+                return Err(Report::new(format!("{at}: {field}"), order)
+                    .expected(format!("{least} to {most}"))
+                    .remedy("correct the file, or get it again")
+                    .config());
             }
         }
-        if self.use_karras_sigmas && self.use_exponential_sigmas {
-            return Err(
-                Report::new(at, "use_karras_sigmas and use_exponential_sigmas")
-                    .expected("at most one of them")
-                    .remedy("correct the file, or get it again")
-                    .config(),
-            );
+        let noise = matches!(
+            self.algorithm_type.as_deref(),
+            Some("dpmsolver" | "sde-dpmsolver")
+        );
+        if noise
+            && class.starts_with("DPMSolver")
+            && self.final_sigmas_type == "zero"
+            && !class.contains("Inverse")
+        {
+            return Err(Report::new(
+                format!("{at}: final_sigmas_type"),
+                "zero, with an algorithm on the noise",
+            )
+            .expected("sigma_min")
+            .remedy("correct the file, or use dpmsolver++")
+            .config());
         }
         Ok(())
     }
@@ -290,7 +417,15 @@ impl Config {
     pub fn spacing(&self) -> &str {
         match (&self.timestep_spacing, self.class.as_str()) {
             (Some(spacing), _) => spacing,
-            (None, "DDPMScheduler" | "DDIMScheduler") => "leading",
+            (
+                None,
+                "DDPMScheduler"
+                | "DDPMParallelScheduler"
+                | "DDIMScheduler"
+                | "DDIMParallelScheduler"
+                | "DDIMInverseScheduler"
+                | "PNDMScheduler",
+            ) => "leading",
             (None, _) => "linspace",
         }
     }
@@ -308,6 +443,23 @@ fn one_of(at: &str, value: &str, known: &[&str], open: &[&str]) -> Result<()> {
             .unsupported(),
         false => report.remedy("correct the file, or get it again").config(),
     })
+}
+
+/// A configuration with the defaults of its class written out. What is no object stays what it is,
+/// for the reader to refuse.
+fn with_defaults(text: String) -> String {
+    let Ok(Value::Object(mut fields)) = serde_json::from_str(&text) else {
+        return text;
+    };
+    let class = fields.get("_class_name").and_then(Value::as_str);
+    let missing = defaults(class.unwrap_or_default());
+    if missing.iter().all(|(name, _)| fields.contains_key(*name)) {
+        return text;
+    }
+    for (name, value) in missing {
+        fields.entry(name).or_insert(value);
+    }
+    Value::Object(fields).to_string()
 }
 
 /// JSON has no infinity, but files written by Python do: the bare words become strings.
@@ -343,13 +495,13 @@ fn quote_infinities(text: &str) -> String {
 fn number_or_infinity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Value {
+    enum Given {
         Number(f64),
         Word(String),
     }
-    match Value::deserialize(deserializer)? {
-        Value::Number(number) => Ok(number),
-        Value::Word(word) => match word.as_str() {
+    match Given::deserialize(deserializer)? {
+        Given::Number(number) => Ok(number),
+        Given::Word(word) => match word.as_str() {
             "-Infinity" => Ok(f64::NEG_INFINITY),
             "Infinity" => Ok(f64::INFINITY),
             other => Err(serde::de::Error::custom(format!(

@@ -11,10 +11,19 @@ use crate::schedule::{Point, Table};
 /// What a network of this configuration predicts, in its own frame.
 pub fn kind(config: &Config) -> Kind {
     match (config.class.as_str(), config.prediction_type.as_str()) {
-        ("EDMEulerScheduler", prediction) => Kind::Edm {
+        (
+            "EDMEulerScheduler"
+            | "EDMDPMSolverMultistepScheduler"
+            | "CMStochasticIterativeScheduler",
+            prediction,
+        ) => Kind::Edm {
             sigma_data: config.sigma_data,
             negative: prediction == "v_prediction",
         },
+        ("FlowMatchEulerDiscreteScheduler" | "FlowMatchHeunDiscreteScheduler", _) => Kind::Flow,
+        ("IPNDMScheduler", _) => Kind::Velocity,
+        ("ScoreSdeVeScheduler", _) => Kind::Score,
+        (_, "flow_prediction") => Kind::Flow,
         (_, "sample" | "original_sample") => Kind::X0,
         (_, "v_prediction") => Kind::Velocity,
         _ => Kind::Epsilon,
@@ -74,6 +83,18 @@ fn indices(config: &Config, table: &Table, request: &Request) -> Result<Vec<i64>
     }
 }
 
+/// Where runs end (or inverse ones begin): the data, or the level of index 0 again.
+pub fn end_point(config: &Config, table: &Table) -> Point {
+    if config.set_alpha_to_one {
+        Point::data(-1.0)
+    } else {
+        Point {
+            t: -1.0,
+            ..table.index(0)
+        }
+    }
+}
+
 pub fn steps_or_timesteps() -> crate::error::Error {
     Report::new("request", "steps and timesteps")
         .expected("exactly one of them")
@@ -117,14 +138,7 @@ pub fn ddim(config: &Config, table: &Table, request: &Request) -> Result<Plan> {
     let list = indices(config, table, request)?;
     // The library always goes back by ⌊T/n⌋, whether or not that is the next timestep.
     let back = (table.betas().len() / list.len()) as i64;
-    let last = if config.set_alpha_to_one {
-        Point::data(-1.0)
-    } else {
-        Point {
-            t: -1.0,
-            ..table.index(0)
-        }
-    };
+    let last = end_point(config, table);
     let moves = list
         .iter()
         .map(|i| {

@@ -6,9 +6,14 @@
 //! rounded logarithm agree.
 
 mod config;
+mod edm;
+mod few_steps;
+mod flow;
 mod grids;
-mod sigmas;
+mod lambda_form;
+mod levels;
 pub mod tables;
+mod ve_form;
 
 pub use config::Config;
 
@@ -34,8 +39,16 @@ pub struct Request {
     pub steps: Option<usize>,
     /// Explicit timesteps, noisiest first, instead of a number.
     pub timesteps: Option<Vec<i64>>,
+    /// Explicit noise levels, noisiest first, for the classes on straight paths.
+    pub sigmas: Option<Vec<f64>>,
+    /// Dynamic shift of the classes on straight paths.
+    pub mu: Option<f64>,
     /// DDIM's η.
     pub eta: f64,
+    /// TCD's γ, 0.3 when absent (the library calls it `eta`).
+    pub gamma: Option<f64>,
+    /// LMS: the order, 4 when absent.
+    pub order: Option<usize>,
     /// DDIM: take the noise from the clipped `x₀`.
     pub use_clipped_model_output: bool,
     /// Euler's churn.
@@ -105,9 +118,9 @@ impl Scheduler {
     /// [`Scheduler::plan`]: a table is enough to sample in other ways.
     pub fn from_json(text: &str, at: &str) -> Result<Self> {
         let config = Config::from_json(text, at)?;
-        let table = match config.class.as_str() {
-            "EDMEulerScheduler" => None,
-            _ => Some(tables::table(&config, at)?),
+        let table = match config.has_table() {
+            false => None,
+            true => Some(tables::table(&config, at)?),
         };
         Ok(Self { config, table })
     }
@@ -139,15 +152,49 @@ impl Scheduler {
     /// options that this version does not have.
     pub fn plan(&self, request: &Request) -> Result<Plan> {
         self.config.check_run("scheduler")?;
-        match (self.config.class.as_str(), &self.table) {
-            ("DDPMScheduler", Some(table)) => grids::ddpm(&self.config, table, request),
-            ("DDIMScheduler", Some(table)) => grids::ddim(&self.config, table, request),
-            ("EulerDiscreteScheduler", Some(table)) => sigmas::euler(&self.config, table, request),
-            ("HeunDiscreteScheduler", Some(table)) => sigmas::heun(&self.config, table, request),
-            ("DPMSolverMultistepScheduler", Some(table)) => {
-                sigmas::dpm_solver(&self.config, table, request)
+        let config = &self.config;
+        match (config.class.as_str(), &self.table) {
+            ("DDPMScheduler" | "DDPMParallelScheduler", Some(table)) => {
+                grids::ddpm(config, table, request)
             }
-            ("EDMEulerScheduler", _) => sigmas::edm_euler(&self.config, request),
+            ("DDIMScheduler" | "DDIMParallelScheduler", Some(table)) => {
+                grids::ddim(config, table, request)
+            }
+            ("DDIMInverseScheduler", Some(table)) => {
+                few_steps::ddim_inverse(config, table, request)
+            }
+            ("PNDMScheduler", Some(table)) => few_steps::pndm(config, table, request),
+            ("LCMScheduler", Some(table)) => few_steps::lcm(config, table, request),
+            ("TCDScheduler", Some(table)) => few_steps::tcd(config, table, request),
+            ("UnCLIPScheduler", Some(table)) => few_steps::unclip(config, table, request),
+            ("IPNDMScheduler", _) => few_steps::ipndm(config, request),
+            ("EulerDiscreteScheduler", Some(table)) => ve_form::euler(config, table, request),
+            ("EulerAncestralDiscreteScheduler", Some(table)) => {
+                ve_form::euler_ancestral(config, table, request)
+            }
+            ("HeunDiscreteScheduler", Some(table)) => ve_form::heun(config, table, request),
+            ("LMSDiscreteScheduler", Some(table)) => ve_form::lms(config, table, request),
+            ("KDPM2DiscreteScheduler" | "KDPM2AncestralDiscreteScheduler", Some(table)) => {
+                ve_form::kdpm2(config, table, request)
+            }
+            ("DPMSolverSDEScheduler", Some(table)) => ve_form::dpm_sde(config, table, request),
+            ("DPMSolverMultistepScheduler", Some(table)) => {
+                lambda_form::dpm_multistep(config, table, request)
+            }
+            ("DPMSolverMultistepInverseScheduler", Some(table)) => {
+                lambda_form::dpm_inverse(config, table, request)
+            }
+            ("DPMSolverSinglestepScheduler", Some(table)) => {
+                lambda_form::dpm_singlestep(config, table, request)
+            }
+            ("DEISMultistepScheduler", Some(table)) => lambda_form::deis(config, table, request),
+            ("UniPCMultistepScheduler", Some(table)) => lambda_form::unipc(config, table, request),
+            ("SASolverScheduler", Some(table)) => lambda_form::sa(config, table, request),
+            ("EDMEulerScheduler", _) => edm::euler(config, request),
+            ("EDMDPMSolverMultistepScheduler", _) => edm::dpm(config, request),
+            ("CMStochasticIterativeScheduler", _) => edm::consistency(config, request),
+            ("FlowMatchEulerDiscreteScheduler", _) => flow::euler(config, request),
+            ("FlowMatchHeunDiscreteScheduler", _) => flow::heun(config, request),
             (other, _) => Err(Report::new("scheduler", other)
                 .expected(format!("one of {}", config::CLASSES.join(", ")))
                 .unsupported()),

@@ -17,6 +17,8 @@ pub fn table(config: &Config, at: &str) -> Result<Table> {
     let steps = config.num_train_timesteps;
     let (first, last) = match config.class.as_str() {
         "HeunDiscreteScheduler"
+        | "LCMScheduler"
+        | "TCDScheduler"
         | "KDPM2DiscreteScheduler"
         | "KDPM2AncestralDiscreteScheduler"
         | "DPMSolverSDEScheduler" => (0.00085, 0.012),
@@ -31,6 +33,8 @@ pub fn table(config: &Config, at: &str) -> Result<Table> {
             .map(|b| b * b)
             .collect(),
         (None, "squaredcos_cap_v2") => cosine_betas(steps).into_iter().map(|b| b as f32).collect(),
+        (None, "exp") => betas_of(steps, |t| (-12.0 * t).exp()),
+        (None, "laplace") => betas_of(steps, laplace_alpha_bar),
         (None, "sigmoid") => linspace(-6.0, 6.0, steps)
             .into_iter()
             .map(|z| (1.0 / (1.0 + (-z).exp())) * (end - start) as f32 + start as f32)
@@ -61,13 +65,33 @@ pub fn table(config: &Config, at: &str) -> Result<Table> {
     )?;
     let sigma_form = matches!(
         config.class.as_str(),
-        "EulerDiscreteScheduler" | "DPMSolverMultistepScheduler"
+        "EulerDiscreteScheduler"
+            | "EulerAncestralDiscreteScheduler"
+            | "DPMSolverMultistepScheduler"
+            | "UniPCMultistepScheduler"
     );
     Ok(if config.rescale_betas_zero_snr && sigma_form {
         table.with_last_alpha_bar(SMALLEST_HALF)
     } else {
         table
     })
+}
+
+/// Betas of a function `ᾱ(t)` on `[0, 1]`, at most 0.999.
+fn betas_of(steps: usize, alpha_bar: impl Fn(f64) -> f64) -> Vec<f32> {
+    let at = |i: usize| alpha_bar(i as f64 / steps as f64);
+    (0..steps)
+        .map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32)
+        .collect()
+}
+
+/// `√(SNR/(1 + SNR))` whose log-SNR is Laplace distributed over uniform `t` (Hang et al. 2024), as
+/// the library has it.
+fn laplace_alpha_bar(t: f64) -> f64 {
+    let side = 0.5 - t;
+    let sign = if side.is_sign_negative() { -1.0 } else { 1.0 };
+    let snr = (-0.5 * sign * (1.0 - 2.0 * side.abs() + 1e-6).ln()).exp();
+    (snr / (1.0 + snr)).sqrt()
 }
 
 /// Evenly spaced f32 values, counted from the nearer end with an f32 step, each rounded once (the
