@@ -118,7 +118,10 @@ impl Step for Deis {
     type Memory = Vec<(Tensor, Point)>;
 
     fn order(&self) -> Order {
-        Order::Exactly(self.order as u32)
+        match (self.basis, self.order) {
+            (Basis::LogRho, 3..) => Order::AtLeast(3),
+            (_, order) => Order::Exactly(order as u32),
+        }
     }
 
     fn step(

@@ -97,6 +97,8 @@ impl Step for DpmMultistep {
         match (self.stochastic, self.order, self.third) {
             (true, ..) => Order::Unstated,
             (false, 3, Third::Published) => Order::AtLeast(2),
+            // On the noise it measures up to 3.5.
+            (false, 3, _) if self.belief == Belief::Epsilon => Order::AtLeast(3),
             (false, order, _) => Order::Exactly(order as u32),
         }
     }

@@ -60,7 +60,7 @@ pub use heun::Heun;
 pub use kdpm2::{Kdpm2, kdpm2_points};
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use pndm::{Ipndm, Pndm, Start};
-pub use registry::{SAMPLERS, SamplerConfig};
+pub use registry::{Named, SAMPLERS, SamplerConfig, names};
 pub use sa_solver::{SaSolver, Tau};
 pub use tcd::Tcd;
 pub use unipc::{UniPc, UniPcB};

@@ -2,8 +2,8 @@
 
 use super::{
     Ancestral, Basis, Belief, Churn, Consistency, Ddim, Deis, Direction, DpmAdaptive, DpmMultistep,
-    DpmPpSde, DpmSinglestep, Euler, FlowHeun, Heun, Ipndm, Kdpm2, Planned, Pndm, SaSolver, Solver,
-    Start, Tcd, Third, UniPc, UniPcB, Variance, dpm_adaptive, kdpm2_points,
+    DpmPpSde, DpmSinglestep, Euler, FlowHeun, Heun, Ipndm, Kdpm2, Order, Planned, Pndm, SaSolver,
+    Solver, Start, Step, Tcd, Third, UniPc, UniPcB, Variance, dpm_adaptive, kdpm2_points,
 };
 use crate::error::{Report, Result};
 use crate::schedule::{Edm, Point, Schedule};
@@ -184,6 +184,42 @@ impl SamplerConfig {
             None => Err(Report::new("sampler", name)
                 .expected(format!("one of {}", names()))
                 .config()),
+        }
+    }
+
+    /// The same sampler without its cautious end of lower orders, which costs an order on fine grids.
+    pub fn without_cautious_end(mut self) -> Self {
+        match &mut self {
+            Self::DpmMultistep(step) => step.lower_order_final = false,
+            Self::DpmSinglestep(step) => step.lower_order_final = false,
+            Self::Deis(step) => step.lower_order_final = false,
+            Self::UniPc(step) => step.lower_order_final = false,
+            Self::SaSolver(step) => step.lower_order_final = false,
+            _ => {}
+        }
+        self
+    }
+
+    /// The order of the method on smooth problems.
+    pub fn order(&self) -> Order {
+        match self {
+            Self::Ddpm(step) => step.order(),
+            Self::Ddim(step) => step.order(),
+            Self::Euler(step) => step.order(),
+            Self::Heun(step) => step.order(),
+            Self::Kdpm2(step) => step.order(),
+            Self::DpmMultistep(step) => step.order(),
+            Self::DpmSinglestep(step) => step.order(),
+            Self::DpmAdaptive(solver) => solver.order(),
+            Self::DpmPpSde(step) => step.order(),
+            Self::Deis(step) => step.order(),
+            Self::UniPc(step) => step.order(),
+            Self::Pndm(step) => step.order(),
+            Self::Ipndm(step) => step.order(),
+            Self::SaSolver(step) => step.order(),
+            Self::FlowHeun(step) => step.order(),
+            Self::Consistency(step) => step.order(),
+            Self::Tcd(step) => step.order(),
         }
     }
 

@@ -21,14 +21,18 @@ pub fn scaled_linear_betas(start: f64, end: f64, steps: usize) -> Vec<f64> {
         .collect()
 }
 
-/// `n` evenly spaced values from `start` to `end`, both included.
+/// `n` evenly spaced values from `start` to `end`, both included and exact.
 pub fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
     let step = if n > 1 {
         (end - start) / (n - 1) as f64
     } else {
         0.0
     };
-    (0..n).map(|i| start + i as f64 * step).collect()
+    let mut values: Vec<f64> = (0..n).map(|i| start + i as f64 * step).collect();
+    if let (2.., Some(last)) = (n, values.last_mut()) {
+        *last = end;
+    }
+    values
 }
 
 #[cfg(test)]
