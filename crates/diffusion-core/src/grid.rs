@@ -316,6 +316,21 @@ pub const GRIDS: [(&str, &str); 9] = [
 ];
 
 impl Grid {
+    /// A grid by name, or as JSON with its parameters: `{"kind": "karras", "rho": 5}`.
+    ///
+    /// # Errors
+    /// `Config` listing the names, or saying what is wrong in the JSON.
+    pub fn parse(text: &str, schedule: &dyn Schedule) -> Result<Self> {
+        if !text.trim_start().starts_with('{') {
+            return Self::named(text, schedule);
+        }
+        serde_json::from_str(text).map_err(|error| {
+            Report::new("grid", text)
+                .expected(format!("a grid's parameters as JSON ({error})"))
+                .config()
+        })
+    }
+
     /// The grid of this name on a schedule.
     ///
     /// # Errors

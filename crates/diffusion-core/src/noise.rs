@@ -1,8 +1,9 @@
 //! Where noise comes from: counter-based streams, or a recording.
 
 use crate::error::{Report, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use diffusion_ops::rng::{Key, stream};
+use rayon::prelude::*;
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -58,7 +59,7 @@ impl CounterNoise {
         Self { step, ..self }
     }
 
-    fn fill(&self, like: &Tensor, draw: impl Fn(Key, &mut [f64])) -> Result<Tensor> {
+    fn fill(&self, like: &Tensor, draw: impl Fn(Key, &mut [f64]) + Sync) -> Result<Tensor> {
         let batch = like.dim(0)?;
         if batch as u64 != self.items.end - self.items.start {
             return Err(Report::new("noise", format!("a batch of {batch}"))
@@ -69,24 +70,35 @@ impl CounterNoise {
                 ))
                 .config());
         }
-        let mut values = vec![0.0; like.elem_count()];
-        let size = like.elem_count() / batch.max(1);
-        for (item, row) in self.items.clone().zip(values.chunks_mut(size.max(1))) {
-            draw(
-                Key {
-                    seed: self.seed,
-                    stream: self.stream,
-                    item,
-                    step: self.step,
+        let size = (like.elem_count() / batch.max(1)).max(1);
+        let key = |row: usize| Key {
+            seed: self.seed,
+            stream: self.stream,
+            item: self.items.start + row as u64,
+            step: self.step,
+        };
+        let cpu = candle_core::Device::Cpu;
+        // Rows are independent, so that any number of threads draws the same.
+        let noise = if like.dtype() == DType::F32 {
+            let mut values = vec![0f32; like.elem_count()];
+            values.par_chunks_mut(size).enumerate().for_each_init(
+                || vec![0f64; size],
+                |wide, (row, out)| {
+                    wide.fill(0.0);
+                    draw(key(row), wide);
+                    for (narrow, wide) in out.iter_mut().zip(wide.iter()) {
+                        *narrow = *wide as f32;
+                    }
                 },
-                row,
             );
-        }
-        Ok(
-            Tensor::from_vec(values, like.shape(), &candle_core::Device::Cpu)?
-                .to_dtype(like.dtype())?
-                .to_device(like.device())?,
-        )
+            Tensor::from_vec(values, like.shape(), &cpu)?
+        } else {
+            let mut values = vec![0f64; like.elem_count()];
+            let rows = values.par_chunks_mut(size).enumerate();
+            rows.for_each(|(row, out)| draw(key(row), out));
+            Tensor::from_vec(values, like.shape(), &cpu)?
+        };
+        Ok(noise.to_dtype(like.dtype())?.to_device(like.device())?)
     }
 }
 
@@ -236,7 +248,7 @@ impl Noise for RecordedNoise {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     fn rows(items: Range<u64>, draws: usize) -> Vec<Vec<f32>> {
         let like = Tensor::zeros(

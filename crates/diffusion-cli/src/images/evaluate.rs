@@ -104,15 +104,17 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let labels = classes(&model, test, count)?;
+    let sampler = SamplerConfig::parse(&args.sampler)?;
     let request = SampleRequest {
         count,
-        sampler: SamplerConfig::named(&args.sampler)?,
-        grid: super::usual_grid(&args.sampler, &model)?,
+        grid: sampler.usual_grid(&model.table()?),
+        sampler,
         steps: args.steps,
         labels: labels.clone(),
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
         batch: args.batch,
+        brownian: false,
         seed,
     };
     let cancel = Cancel::new();

@@ -8,8 +8,6 @@ mod train;
 use crate::Global;
 use anyhow::Result;
 use clap::Subcommand;
-use diffusion_core::grid::Grid;
-use diffusion_images::model::ImageModel;
 use std::process::ExitCode;
 
 /// What can be done with images.
@@ -19,7 +17,7 @@ pub enum Command {
     #[command(after_help = train::EXAMPLES)]
     Train(train::Train),
     /// Make new images with a trained model.
-    #[command(after_help = sample::EXAMPLES)]
+    #[command(after_help = sample::EXAMPLES, after_long_help = sample::long_help())]
     Sample(sample::Sample),
     /// Measure a model's samples against images that it has not seen.
     #[command(after_help = evaluate::EXAMPLES)]
@@ -33,12 +31,4 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Sample(command) => sample::run(&command, global),
         Command::Evaluate(command) => evaluate::run(&command, global),
     }
-}
-
-/// The grid that a sampler is usually run on.
-pub fn usual_grid(sampler: &str, model: &ImageModel) -> Result<Grid> {
-    Ok(match sampler {
-        "heun" | "edm" => Grid::edm(&model.table()?),
-        _ => Grid::Trailing,
-    })
 }

@@ -6,9 +6,9 @@ use crate::{Global, device, interrupt};
 use anyhow::Result;
 use clap::Args;
 use diffusion_core::Report;
-use diffusion_core::grid::Grid;
+use diffusion_core::grid::{GRIDS, Grid};
 use diffusion_core::guide::Clip;
-use diffusion_core::sample::SamplerConfig;
+use diffusion_core::sample::{SAMPLERS, SamplerConfig};
 use diffusion_core::train::Cancel;
 use diffusion_images::grid::{GridOptions, sample_grid};
 use diffusion_images::model::{ImageModel, SampleRequest};
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-pub const EXAMPLES: &str = "Samplers: ddpm, ddpm-large, ddim, ddim-eta1, euler, heun, edm, dpmpp-1, dpmpp-2m
+pub const EXAMPLES: &str = "Samplers and grids are listed by --help.
 Examples:
   diffusion images sample --model digits-model -n 64 --out grid.png
   diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
@@ -35,16 +35,19 @@ pub struct Sample {
     /// Number of images.
     #[arg(short, long, default_value_t = 64)]
     n: usize,
-    /// Sampler.
+    /// Sampler: a name, or its parameters as JSON.
     #[arg(long, default_value = "dpmpp-2m")]
     sampler: String,
     /// Number of steps.
     #[arg(long, default_value_t = 20)]
     steps: usize,
-    /// Where the steps are: leading, trailing, linspace, karras, edm (karras from at most 80),
-    /// exponential or log-snr; the sampler's usual one when absent.
+    /// Where the steps are: a name, or its parameters as JSON; the sampler's usual grid when absent.
     #[arg(long)]
     grid: Option<String>,
+    /// Draw the noise of a sampler's steps from one Brownian path an image, so that more steps refine
+    /// the same picture. Slower.
+    #[arg(long)]
+    brownian: bool,
     /// Class name or index, or `all` for one after the other; the withheld label when absent.
     #[arg(long)]
     class: Option<String>,
@@ -69,28 +72,20 @@ fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
-fn grid(args: &Sample, model: &ImageModel) -> Result<Grid> {
-    let Some(name) = args.grid.as_deref() else {
-        return super::usual_grid(&args.sampler, model);
-    };
-    Ok(match name {
-        "leading" => Grid::Leading { offset: 0 },
-        "trailing" => Grid::Trailing,
-        "linspace" => Grid::Linspace,
-        "karras" => Grid::karras(),
-        "edm" => Grid::edm(&model.table()?),
-        "exponential" => Grid::Exponential {
-            sigma_min: None,
-            sigma_max: None,
-        },
-        "log-snr" => Grid::UniformLogSnr,
-        other => {
-            return Err(Report::new("--grid", other)
-                .expected("leading, trailing, linspace, karras, edm, exponential or log-snr")
-                .config()
-                .into());
-        }
-    })
+/// The examples, and every sampler and grid with what it is.
+pub fn long_help() -> String {
+    let mut text = String::from("Samplers:\n");
+    for sampler in SAMPLERS {
+        text += &format!("  {:<19} {}\n", sampler.name, sampler.about);
+    }
+    text += "Grids:\n";
+    for (name, about) in GRIDS {
+        text += &format!("  {name:<19} {about}\n");
+    }
+    text += "Both also take their parameters as JSON, for example\n  \
+             --sampler '{\"name\": \"dpm_multistep\", \"order\": 3, \"stochastic\": true}'\n  \
+             --grid '{\"kind\": \"karras\", \"rho\": 5}'\n";
+    text + EXAMPLES
 }
 
 fn labels(args: &Sample, model: &ImageModel) -> Result<Option<Vec<u32>>> {
@@ -115,18 +110,23 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let device = device::device(&global.device)?;
-    let sampler = SamplerConfig::named(&args.sampler)?;
+    let sampler = SamplerConfig::parse(&args.sampler)?;
     let model = ImageModel::open(&args.model, &device)?;
+    let grid = match &args.grid {
+        Some(text) => Grid::parse(text, &model.table()?)?,
+        None => sampler.usual_grid(&model.table()?),
+    };
     let seed = global.seed.unwrap_or(0);
     let request = SampleRequest {
         count: args.n,
         sampler,
-        grid: grid(args, &model)?,
+        grid,
         steps: args.steps,
         labels: labels(args, &model)?,
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
         batch: args.batch,
+        brownian: args.brownian,
         seed,
     };
     let cancel = Cancel::new();

@@ -6,6 +6,7 @@ use super::{
     Solver, Start, Step, Tcd, Third, UniPc, UniPcB, Variance, dpm_adaptive, kdpm2_points,
 };
 use crate::error::{Report, Result};
+use crate::grid::Grid;
 use crate::schedule::{Edm, Point, Schedule};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -184,6 +185,32 @@ impl SamplerConfig {
             None => Err(Report::new("sampler", name)
                 .expected(format!("one of {}", names()))
                 .config()),
+        }
+    }
+
+    /// A sampler by name, or as JSON with its parameters: `{"name": "dpm_multistep", "order": 3}`.
+    ///
+    /// # Errors
+    /// `Config` listing the names, or saying what is wrong in the JSON.
+    pub fn parse(text: &str) -> Result<Self> {
+        if !text.trim_start().starts_with('{') {
+            return Self::named(text);
+        }
+        serde_json::from_str(text).map_err(|error| {
+            Report::new("sampler", text)
+                .expected(format!("a sampler's parameters as JSON ({error})"))
+                .config()
+        })
+    }
+
+    /// The grid that the sampler is usually run on: EDM's for methods in `σ/α`, which crowd at low
+    /// noise, and the trailing indices of a table for the others.
+    pub fn usual_grid(&self, schedule: &dyn Schedule) -> Grid {
+        match self {
+            Self::Heun(_) | Self::Kdpm2(_) | Self::DpmPpSde(_) => Grid::edm(schedule),
+            Self::Deis(step) if step.basis == Basis::Rho => Grid::edm(schedule),
+            _ if schedule.steps().is_none() => Grid::UniformLogSnr,
+            _ => Grid::Trailing,
         }
     }
 
