@@ -48,6 +48,7 @@ pub mod interop;
 pub mod limits;
 pub mod loss;
 pub mod noise;
+pub mod ode;
 pub mod oracle;
 pub mod predict;
 pub mod report;
