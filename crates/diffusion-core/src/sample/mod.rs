@@ -11,24 +11,48 @@
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
 //! | [`dpm_solver_pp`] | DPM-Solver++ 1 and 2M | 1, 2 |
+//! | [`euler_maruyama`] | reverse SDE, probability flow and what lies between | stochastic; 1 on the flow |
+//! | [`reverse_diffusion`] | reverse SDE discretised as its forward SDE is | stochastic |
+//! | [`ancestral_score`] | ancestral sampling written with the score, DDPM and SMLD | stochastic |
+//! | [`adaptive_sde`] | reverse SDE with adaptive steps | stochastic |
+//! | [`langevin`] | correctors, predictor-corrector plans, annealed Langevin dynamics | stochastic |
+//! | [`flow_rk`] | Runge-Kutta on the flow in the schedule's own time, EDM's ablation | 1 to 4 |
+//! | [`ode`] | adaptive Dormand-Prince on the flow | to a tolerance |
+//! | [`inpaint`] | a constraint that pastes what is known | |
 
+pub mod adaptive_sde;
 pub mod ancestral;
+pub mod ancestral_score;
 pub mod churn;
 pub mod ddim;
 pub mod dpm_solver_pp;
 pub mod euler;
+pub mod euler_maruyama;
+pub mod flow_rk;
 pub mod heun;
+pub mod inpaint;
+pub mod langevin;
+pub mod ode;
 mod plan;
 mod registry;
+pub mod reverse_diffusion;
 
+pub use adaptive_sde::AdaptiveSde;
 pub use ancestral::{Ancestral, Variance};
+pub use ancestral_score::AncestralScore;
 pub use churn::{Churn, ChurnOrder};
 pub use ddim::{Ddim, Direction};
 pub use dpm_solver_pp::{DpmSolverPp, LowerFinal};
 pub use euler::Euler;
+pub use euler_maruyama::EulerMaruyama;
+pub use flow_rk::FlowRk;
 pub use heun::Heun;
+pub use inpaint::Inpaint;
+pub use langevin::{Langevin, Norms, StepSize};
+pub use ode::{Finish, FlowOde};
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use registry::SamplerConfig;
+pub use reverse_diffusion::ReverseDiffusion;
 
 use crate::denoiser::{Call, Denoiser};
 use crate::error::Result;
@@ -91,6 +115,20 @@ impl<'a> Ctx<'a> {
             tracked: false,
         };
         self.denoiser.predict(x, At::All(*at), &mut call)
+    }
+
+    /// Asks the model about every item at a point of its own.
+    ///
+    /// # Errors
+    /// Whatever the model refuses.
+    pub fn denoise_each(&mut self, x: &Tensor, points: &[Point]) -> Result<Prediction> {
+        self.calls += 1;
+        let mut call = Call {
+            noise: self.noise,
+            items: self.items.clone(),
+            tracked: false,
+        };
+        self.denoiser.predict(x, At::Each(points), &mut call)
     }
 }
 
