@@ -50,6 +50,23 @@ impl Divergence {
     }
 }
 
+impl Probe {
+    /// What the probe takes for the trace of the identity, `v·v` or exactly `D`, an entry for each of
+    /// the `rows` items.
+    ///
+    /// # Errors
+    /// When the probe has another shape.
+    pub fn identity(&self, rows: usize, dims: usize) -> Result<Vec<f64>> {
+        match self {
+            Probe::Exact => Ok(vec![dims as f64; rows]),
+            Probe::Vector(v) => {
+                let v = v.to_dtype(DType::F64)?.flatten_from(1)?;
+                Ok(v.sqr()?.sum(1)?.to_vec1()?)
+            }
+        }
+    }
+}
+
 /// The score at `x` and its divergence, `[B, …]` and `[B]` (f64).
 ///
 /// The denoiser is called with gradients on; items must not depend on each other.

@@ -4,7 +4,8 @@
 //! log p_ε(x_ε) = log π(x_T) + ∫_ε^T div v(x_t, t) dt,   v = f x − ½ g² s,   dx/dt = v from x_ε
 //! ```
 //!
-//! `div v = f D − ½ g² div s`. What is measured is the law of the flow that starts from the prior `π`, at
+//! `div v = f D − ½ g² div s`; a probe stands for the whole Jacobian of `v`, so that `D` becomes `v·v`, which
+//! differs for normal probes (the authors' code). What is measured is the law of the flow that starts from the prior `π`, at
 //! time `ε`; no correction for the noise that is left there is part of it.
 
 use super::divergence::{Divergence, Probe, score_and_divergence};
@@ -97,6 +98,7 @@ impl OdeLikelihood {
             y.extend_from_slice(row);
             y.push(0.0);
         }
+        let identity = probe.identity(rows, dims)?;
         let mut flow = |t: &[f64], y: &[f64]| -> Result<Vec<f64>> {
             let x = states(y, dims, &like)?;
             let points: Vec<Point> = t.iter().map(|t| self.schedule.at(*t)).collect();
@@ -109,11 +111,12 @@ impl OdeLikelihood {
             let divergence: Vec<f64> = divergence.to_vec1()?;
             let mut out = Vec::with_capacity(y.len());
             let rows = y.chunks(dims + 1).zip(score.chunks(dims.max(1)));
-            for (((row, score), div), t) in rows.zip(divergence).zip(t) {
+            let traces = divergence.into_iter().zip(&identity);
+            for (((row, score), (div, one)), t) in rows.zip(traces).zip(t) {
                 let r = self.schedule.rates(*t);
                 let velocity = row.iter().zip(score);
                 out.extend(velocity.map(|(x, s)| r.d_log_alpha * x - 0.5 * r.g2 * s));
-                out.push(r.d_log_alpha * dims as f64 - 0.5 * r.g2 * div);
+                out.push(r.d_log_alpha * one - 0.5 * r.g2 * div);
             }
             Ok(out)
         };
