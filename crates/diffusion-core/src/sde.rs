@@ -48,7 +48,12 @@ pub fn flow_velocity(x: &Tensor, score: &Tensor, rates: &Rates) -> Result<Tensor
 /// # Errors
 /// When shapes differ.
 pub fn plug_in_drift(x: &Tensor, score: &Tensor, rates: &Rates, lambda: f64) -> Result<Tensor> {
-    lincomb(rates.d_log_alpha, x, -(1.0 - 0.5 * lambda) * rates.g2, score)
+    lincomb(
+        rates.d_log_alpha,
+        x,
+        -(1.0 - 0.5 * lambda) * rates.g2,
+        score,
+    )
 }
 
 /// One step of Euler and Maruyama backwards over `dt > 0`.

@@ -103,7 +103,8 @@ pub fn score_and_divergence(
             for i in 0..dims {
                 let mut basis = vec![0.0; dims];
                 basis[i] = 1.0;
-                let shape: Vec<usize> = [1].iter().chain(x.dims().iter().skip(1)).copied().collect();
+                let shape: Vec<usize> =
+                    [1].iter().chain(x.dims().iter().skip(1)).copied().collect();
                 let v = Tensor::from_vec(basis, shape, &Device::Cpu)?
                     .to_dtype(x.dtype())?
                     .to_device(x.device())?
@@ -151,7 +152,15 @@ mod tests {
             .sum();
         assert!(div.iter().all(|d| (d - exact).abs() < 1e-10), "{div:?}");
         let gap = (score - oracle.score(&x, &p).unwrap()).unwrap();
-        assert!(gap.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-10);
+        assert!(
+            gap.abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f64>()
+                .unwrap()
+                < 1e-10
+        );
     }
 
     #[test]
@@ -176,7 +185,10 @@ mod tests {
             let var = estimates.iter().map(|e| (e - mean).powi(2)).sum::<f64>() / n as f64;
             assert!(var > 0.0);
             let error = 4.0 * (var / n as f64).sqrt();
-            assert!((mean - exact).abs() < error, "{kind:?}: {mean} {exact} ± {error}");
+            assert!(
+                (mean - exact).abs() < error,
+                "{kind:?}: {mean} {exact} ± {error}"
+            );
         }
         assert!(matches!(
             Divergence::Exact.probe(&one, &mut CounterNoise::new(0, 0..1)),

@@ -57,7 +57,10 @@ mod tests {
     #[test]
     fn the_prior_is_the_normal_law() {
         let x = Tensor::new(&[[0.2, 1.0], [-0.7, 0.1f64]], &Device::Cpu).unwrap();
-        let ours = normal_log_density(&x, 2.5).unwrap().to_vec1::<f64>().unwrap();
+        let ours = normal_log_density(&x, 2.5)
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap();
         let law = Gaussian::new(vec![0.0; 2], vec![2.5; 2]);
         let exact = law.log_density(&x, &Point::data(0.0)).unwrap();
         for (a, b) in ours.iter().zip(exact.to_vec1::<f64>().unwrap()) {

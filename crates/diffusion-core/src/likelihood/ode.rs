@@ -234,12 +234,18 @@ mod tests {
         let mean = all.iter().sum::<f64>() / n as f64;
         let var = all.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
         let error = 4.0 * (var / n as f64).sqrt() + 1e-4;
-        assert!(var > 1e-6 && (mean - exact).abs() < error, "{mean} {exact} ± {error}");
+        assert!(
+            var > 1e-6 && (mean - exact).abs() < error,
+            "{mean} {exact} ± {error}"
+        );
     }
 
     #[test]
     fn the_priors_of_the_processes() {
-        assert_eq!(OdeLikelihood::new(Arc::new(Vp::default()), 1e-5).prior_std, 1.0);
+        assert_eq!(
+            OdeLikelihood::new(Arc::new(Vp::default()), 1e-5).prior_std,
+            1.0
+        );
         let ve = OdeLikelihood::new(Arc::new(Ve::default()), 1e-5);
         assert!((ve.prior_std - 50.0).abs() < 1e-9);
     }

@@ -127,9 +127,8 @@ impl ScoreFlow {
             .predict(&x_t, At::All(p), call)?
             .x0(&x_t, At::All(p))?;
         let decoder = normal_log_density(&(x0 - guess)?, p.sigma / p.alpha)?;
-        let entropy = 0.5
-            * dims(x0) as f64
-            * (1.0 + (std::f64::consts::TAU * p.sigma * p.sigma).ln());
+        let entropy =
+            0.5 * dims(x0) as f64 * (1.0 + (std::f64::consts::TAU * p.sigma * p.sigma).ln());
         Ok(decoder.affine(-1.0, -entropy)?)
     }
 
@@ -234,7 +233,10 @@ mod tests {
     }
 
     fn column(values: Vec<f64>) -> Tensor {
-        Tensor::new(values, &Device::Cpu).unwrap().unsqueeze(1).unwrap()
+        Tensor::new(values, &Device::Cpu)
+            .unwrap()
+            .unsqueeze(1)
+            .unwrap()
     }
 
     fn called<T>(n: usize, f: impl FnOnce(&mut Call<'_>) -> Result<T>) -> T {
@@ -264,10 +266,7 @@ mod tests {
             .collect();
         let points: Vec<Point> = times.iter().map(|t| bound.schedule.at(*t)).collect();
         for (z, weight) in NODES {
-            let (x0, z) = (
-                column(vec![x; points.len()]),
-                column(vec![z; points.len()]),
-            );
+            let (x0, z) = (column(vec![x; points.len()]), column(vec![z; points.len()]));
             let h = called(points.len(), |call| {
                 if implicit {
                     bound.implicit(oracle, &x0, &z, &points, &Probe::Exact, call)

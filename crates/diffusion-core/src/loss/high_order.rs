@@ -31,7 +31,9 @@ use crate::tensor::{At, Coef, combine};
 use candle_core::{Device, Tensor};
 
 /// How many orders are matched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Orders {
     /// The score.
@@ -73,7 +75,10 @@ impl HighOrderLosses {
     /// Those of the tensor library.
     pub fn total(&self) -> Result<Tensor> {
         let mut total = self.first.clone();
-        for part in [&self.second, &self.trace, &self.third].into_iter().flatten() {
+        for part in [&self.second, &self.trace, &self.third]
+            .into_iter()
+            .flatten()
+        {
             total = (total + part)?;
         }
         Ok(total)
@@ -120,7 +125,12 @@ impl<'a> Local<'a> {
         let first: Vec<f64> = self.h.iter().map(|h| 0.5 / h).collect();
         let second: Vec<f64> = self.h.iter().map(|h| h.powi(-2)).collect();
         let slope = Coef::Each(first).times(&(&up - &down)?)?;
-        let middle = combine(&Coef::All(1.0), &(up + down)?, &Coef::All(-2.0), &self.score)?;
+        let middle = combine(
+            &Coef::All(1.0),
+            &(up + down)?,
+            &Coef::All(-2.0),
+            &self.score,
+        )?;
         Ok((slope, Coef::Each(second).times(&middle)?))
     }
 }
@@ -338,7 +348,10 @@ mod tests {
             ),
         ] {
             let (mean, error) = mean_and_error(loss.unwrap());
-            assert!((mean - exact).abs() < error, "{name}: {mean} {exact} ± {error}");
+            assert!(
+                (mean - exact).abs() < error,
+                "{name}: {mean} {exact} ± {error}"
+            );
         }
     }
 
@@ -444,7 +457,9 @@ mod tests {
             .collect();
         let v = normal(50, 1, 3).sign().unwrap();
         let a = called(50, |c| THIRD.exact(&oracle, &x0, &z, &points, c)?.total());
-        let b = called(50, |c| THIRD.sliced(&oracle, &x0, &z, &v, &points, c)?.total());
+        let b = called(50, |c| {
+            THIRD.sliced(&oracle, &x0, &z, &v, &points, c)?.total()
+        });
         let gap = (a - b).unwrap().abs().unwrap().max_all().unwrap();
         assert!(gap.to_scalar::<f64>().unwrap() < 1e-6);
         let bad = HighOrder { step: 0.0, ..THIRD };

@@ -184,7 +184,10 @@ mod tests {
         }
         // For k = 1 the logarithm of the cut is uniform.
         let mean = logs.iter().sum::<f64>() / 300.0;
-        assert!((mean - 0.5).abs() < 4.0 * (1.0f64 / 12.0 / 300.0).sqrt(), "{mean}");
+        assert!(
+            (mean - 0.5).abs() < 4.0 * (1.0f64 / 12.0 / 300.0).sqrt(),
+            "{mean}"
+        );
         // The law of any k: its share below a value is the share that it was asked for.
         for k in [0.0, 0.8, 1.2, 2.0] {
             let e = power_law(0.01, 1.0, k, 0.3);

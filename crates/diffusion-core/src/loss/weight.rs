@@ -183,7 +183,11 @@ mod tests {
             let simple = Weight::Simple.under(schedule, Kind::Epsilon, &p);
             assert_eq!(simple, 1.0);
         }
-        assert!(Weight::Likelihood.on_epsilon(&Vp::default().at(0.4)).is_nan());
+        assert!(
+            Weight::Likelihood
+                .on_epsilon(&Vp::default().at(0.4))
+                .is_nan()
+        );
     }
 
     #[test]

@@ -73,16 +73,18 @@ impl AdaptiveSde {
             ("start", self.start, self.start > self.end),
             ("relative", self.relative, self.relative >= 0.0),
             ("absolute", self.absolute, self.absolute > 0.0),
-            ("safety", self.safety, self.safety > 0.0 && self.safety < 1.0),
+            (
+                "safety",
+                self.safety,
+                self.safety > 0.0 && self.safety < 1.0,
+            ),
             ("exponent", self.exponent, self.exponent > 0.0),
             ("first", self.first, self.first > 0.0),
         ];
         match bad.iter().find(|(_, _, good)| !good) {
-            Some((name, value, _)) => {
-                Err(Report::new(format!("adaptive_sde: {name}"), value)
-                    .expected("a start after the end, tolerances and steps above 0, safety below 1")
-                    .config())
-            }
+            Some((name, value, _)) => Err(Report::new(format!("adaptive_sde: {name}"), value)
+                .expected("a start after the end, tolerances and steps above 0, safety below 1")
+                .config()),
             None => Ok(()),
         }
     }
@@ -112,7 +114,6 @@ impl AdaptiveSde {
 struct Walk {
     t: f64,
     h: f64,
-
 }
 
 impl Solver for AdaptiveSde {
@@ -141,7 +142,13 @@ impl Solver for AdaptiveSde {
             let now: Vec<f64> = walks.iter().map(|w| w.t).collect();
             let then: Vec<f64> = walks
                 .iter()
-                .map(|w| if w.h >= w.t - self.end { self.end } else { w.t - w.h })
+                .map(|w| {
+                    if w.h >= w.t - self.end {
+                        self.end
+                    } else {
+                        w.t - w.h
+                    }
+                })
                 .collect();
             let spans: Vec<(f64, f64)> = now.iter().copied().zip(then.iter().copied()).collect();
             let dw = rows_of(&ctx.noise.brownian_each(&like, &spans)?)?;
@@ -272,8 +279,14 @@ mod tests {
         let var = v.iter().map(|a| (a - mean).powi(2)).sum::<f64>() / n;
         let p = Vp::default().at(1e-3);
         let exact = (p.alpha * 0.5).powi(2) + p.sigma.powi(2);
-        assert!((mean - p.alpha * 0.3).abs() < 4.0 * (exact / n).sqrt(), "{mean}");
-        assert!((var / exact - 1.0).abs() < 4.0 * (2.0 / n).sqrt(), "{var} {exact}");
+        assert!(
+            (mean - p.alpha * 0.3).abs() < 4.0 * (exact / n).sqrt(),
+            "{mean}"
+        );
+        assert!(
+            (var / exact - 1.0).abs() < 4.0 * (2.0 / n).sqrt(),
+            "{var} {exact}"
+        );
     }
 
     #[test]

@@ -91,14 +91,26 @@ mod tests {
                     large,
                     ..AncestralScore::default()
                 }
-                .step(&x, &from, &to, &mut Ctx::new(&oracle, &mut noise, 0..1), &mut ())
+                .step(
+                    &x,
+                    &from,
+                    &to,
+                    &mut Ctx::new(&oracle, &mut noise, 0..1),
+                    &mut (),
+                )
                 .unwrap();
                 let mut noise = CounterNoise::new(4, 0..1);
                 let theirs = Ancestral {
                     variance,
                     ..Ancestral::default()
                 }
-                .step(&x, &from, &to, &mut Ctx::new(&oracle, &mut noise, 0..1), &mut ())
+                .step(
+                    &x,
+                    &from,
+                    &to,
+                    &mut Ctx::new(&oracle, &mut noise, 0..1),
+                    &mut (),
+                )
                 .unwrap();
                 let gap = (ours - theirs).unwrap().abs().unwrap().sum_all().unwrap();
                 assert!(gap.to_scalar::<f64>().unwrap() < 1e-11);

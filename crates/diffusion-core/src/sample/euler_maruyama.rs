@@ -133,7 +133,10 @@ mod tests {
         for lambda in [0.0, 0.5, 1.0] {
             let (mean, var) = exact_moments(lambda, 20_000, 0.5, 0.7);
             let p = Vp::default().at(1e-3);
-            assert!((mean / (p.alpha * 0.5) - 1.0).abs() < 2e-3, "{lambda}: {mean}");
+            assert!(
+                (mean / (p.alpha * 0.5) - 1.0).abs() < 2e-3,
+                "{lambda}: {mean}"
+            );
             let exact = (p.alpha * 0.7).powi(2) + p.sigma.powi(2);
             assert!((var / exact - 1.0).abs() < 2e-3, "{lambda}: {var}");
         }
@@ -161,8 +164,14 @@ mod tests {
             let m = v.iter().sum::<f64>() / n as f64;
             let s = v.iter().map(|a| (a - m).powi(2)).sum::<f64>() / n as f64;
             let (mean, var) = exact_moments(lambda, steps, 0.5, 0.7);
-            assert!((m - mean).abs() < 4.0 * (var / n as f64).sqrt(), "{m} {mean}");
-            assert!((s / var - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(), "{s} {var}");
+            assert!(
+                (m - mean).abs() < 4.0 * (var / n as f64).sqrt(),
+                "{m} {mean}"
+            );
+            assert!(
+                (s / var - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(),
+                "{s} {var}"
+            );
         }
     }
 

@@ -168,7 +168,13 @@ mod tests {
             };
             let x = if euler {
                 let step = Euler { churn };
-                sample(&Planned::new(step, &points), &oracle, x.clone(), &mut noise, 0..1)
+                sample(
+                    &Planned::new(step, &points),
+                    &oracle,
+                    x.clone(),
+                    &mut noise,
+                    0..1,
+                )
             } else {
                 let step = FlowRk::new(Tableau::euler(), Arc::new(Edm::default()));
                 let plan = Planned::new(step.with_churn(churn), &points);

@@ -56,9 +56,13 @@ mod tests {
         let paste = Inpaint::new(known, &mask).unwrap();
         let x = Tensor::new(&[[7.0, 8.0, 9.0f64]], &Device::Cpu).unwrap();
         let mut noise = CounterNoise::new(1, 0..1);
-        let y = paste.apply(x.clone(), &Point::data(0.0), &mut noise).unwrap();
+        let y = paste
+            .apply(x.clone(), &Point::data(0.0), &mut noise)
+            .unwrap();
         assert_eq!(y.to_vec2::<f64>().unwrap(), [[1.0, 8.0, 3.0]]);
-        let y = paste.apply(x, &Point::new(0.5, 0.6, 0.8), &mut noise).unwrap();
+        let y = paste
+            .apply(x, &Point::new(0.5, 0.6, 0.8), &mut noise)
+            .unwrap();
         let y = y.to_vec2::<f64>().unwrap();
         assert!(y[0][1] == 8.0 && y[0][0] != 1.0 && (y[0][0] - 0.6).abs() < 0.8 * 5.0);
     }

@@ -221,8 +221,14 @@ mod tests {
         let exact = s / (1.0 - 0.5 * e / s) * (1.0 - gain * gain);
         let exact_mean = 0.2 * (1.0 - gain);
         assert_eq!(ctx.calls, 40);
-        assert!((mean - exact_mean).abs() < 4.0 * (exact / n as f64).sqrt(), "{mean}");
-        assert!((var / exact - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(), "{var}");
+        assert!(
+            (mean - exact_mean).abs() < 4.0 * (exact / n as f64).sqrt(),
+            "{mean}"
+        );
+        assert!(
+            (var / exact - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(),
+            "{var}"
+        );
     }
 
     #[test]
@@ -242,7 +248,11 @@ mod tests {
             let Coef::Each(e) = coef else {
                 panic!("{coef:?}")
             };
-            assert!(e.iter().zip(exact).all(|(a, b)| (a / b - 1.0).abs() < 1e-12));
+            assert!(
+                e.iter()
+                    .zip(exact)
+                    .all(|(a, b)| (a / b - 1.0).abs() < 1e-12)
+            );
         };
         close(
             sizes(Norms::PerItem),
@@ -280,7 +290,10 @@ mod tests {
             sigma_max: 10.0,
         };
         let oracle = Gaussian::new(vec![0.5; n], vec![0.7; n]);
-        let points: Vec<Point> = linspace(1.0, 0.3, 8).into_iter().map(|t| ve.at(t)).collect();
+        let points: Vec<Point> = linspace(1.0, 0.3, 8)
+            .into_iter()
+            .map(|t| ve.at(t))
+            .collect();
         let end = points[7];
         let exact = 0.49 + end.sigma.powi(2);
         let run = |moves: Vec<Move>| {

@@ -130,8 +130,14 @@ mod tests {
                 let m = v.iter().sum::<f64>() / n as f64;
                 let s = v.iter().map(|a| (a - m).powi(2)).sum::<f64>() / n as f64;
                 let (mean, var) = exact_moments(&points, flow);
-                assert!((m - mean).abs() < 4.0 * (var / n as f64).sqrt(), "{m} {mean}");
-                assert!((s / var - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(), "{s} {var}");
+                assert!(
+                    (m - mean).abs() < 4.0 * (var / n as f64).sqrt(),
+                    "{m} {mean}"
+                );
+                assert!(
+                    (s / var - 1.0).abs() < 4.0 * (2.0 / n as f64).sqrt(),
+                    "{s} {var}"
+                );
             }
         }
     }

@@ -35,9 +35,10 @@ impl NoiseLaw {
     /// `σ̂(t)`.
     pub fn sigma_hat(&self, t: f64) -> f64 {
         match *self {
-            NoiseLaw::Vp { beta_d, beta_min } => {
-                (0.5 * beta_d * t * t + beta_min * t).exp_m1().max(0.0).sqrt()
-            }
+            NoiseLaw::Vp { beta_d, beta_min } => (0.5 * beta_d * t * t + beta_min * t)
+                .exp_m1()
+                .max(0.0)
+                .sqrt(),
             NoiseLaw::Sqrt => t.max(0.0).sqrt(),
             NoiseLaw::Linear => t,
         }
@@ -180,7 +181,10 @@ mod tests {
             assert!((a.alpha / b.alpha - 1.0).abs() < 1e-12);
             assert!((a.sigma / b.sigma - 1.0).abs() < 1e-12);
             let (a, b) = (ours.rates(t), vp.rates(t));
-            assert!((a.d_log_alpha / b.d_log_alpha - 1.0).abs() < 1e-9, "{a:?} {b:?}");
+            assert!(
+                (a.d_log_alpha / b.d_log_alpha - 1.0).abs() < 1e-9,
+                "{a:?} {b:?}"
+            );
             assert!((a.g2 / b.g2 - 1.0).abs() < 1e-9);
         }
     }

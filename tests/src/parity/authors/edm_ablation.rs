@@ -152,7 +152,10 @@ pub(super) fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
         });
         // A draw belongs to a step, whether the step uses it or not.
         let mut draws = Vec::new();
-        for (z, at) in unstacked(&fixture.input_f64("noise")?)?.into_iter().zip(&points) {
+        for (z, at) in unstacked(&fixture.input_f64("noise")?)?
+            .into_iter()
+            .zip(&points)
+        {
             if step.churn.gamma(at.sigma_hat(), points.len() - 1) > 0.0 {
                 draws.push(z);
             }

@@ -2,9 +2,15 @@
 //!
 //! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
 //! its name, so that the same case with other settings finds the same function.
+//!
+//! | file | cases |
+//! |---|---|
+//! | `score_sde`, `score_samplers`, `score_losses` | score_sde: SDEs, samplers, likelihoods, losses |
+//! | `edm_ablation` | edm: the sampler of the ablation |
 
 mod edm_ablation;
 mod score_losses;
+mod score_samplers;
 mod score_sde;
 
 use super::compare::Check;
@@ -20,10 +26,10 @@ const CASES: &[(&str, &str, Runner)] = &[
         "predictor_corrector_steps_",
         score_sde::predictor_corrector_steps,
     ),
-    ("score_sde", "pc_sampler_", score_sde::pc_sampler),
-    ("score_sde", "pc_inpainting_", score_sde::pc_inpainting),
-    ("score_sde", "ode_sampler_", score_sde::ode_sampler),
-    ("score_sde", "likelihood_", score_sde::likelihood),
+    ("score_sde", "pc_sampler_", score_samplers::pc_sampler),
+    ("score_sde", "pc_inpainting_", score_samplers::pc_inpainting),
+    ("score_sde", "ode_sampler_", score_samplers::ode_sampler),
+    ("score_sde", "likelihood_", score_samplers::likelihood),
     ("score_sde", "losses_", score_losses::run),
     ("edm", "ablation_sampler", edm_ablation::run),
 ];
