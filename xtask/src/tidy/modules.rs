@@ -15,6 +15,7 @@ const FLOORS: [(u8, &[&str]); 6] = [
             "predict",
             "checkpoint",
             "report",
+            "ode",
         ],
     ),
     (2, &["grid", "sde", "denoiser"]),

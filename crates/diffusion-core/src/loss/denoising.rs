@@ -55,7 +55,7 @@ impl Denoising {
         let error = (said.value - target(said.kind, x0, epsilon, at)?)?;
         let weights: Vec<f64> = points
             .iter()
-            .map(|p| self.weight.on_kind(said.kind, p))
+            .map(|p| self.weight.under(self.schedule.as_ref(), said.kind, p))
             .collect();
         if let Some(i) = weights.iter().position(|w| !w.is_finite()) {
             return Err(Report::new(

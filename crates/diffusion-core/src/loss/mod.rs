@@ -7,12 +7,15 @@
 //! ```
 //!
 //! where `y` is whatever the network predicts. [`Weight`] says what the weight means, [`TimeLaw`]
-//! how `t` is drawn, and [`Denoising`] puts the two together.
+//! how `t` is drawn, and [`Denoising`] puts the two together. [`high_order`] also matches the
+//! derivatives of the score, which the likelihood of the probability flow depends on.
 
 mod denoising;
+pub mod high_order;
 mod time;
 mod weight;
 
 pub use denoising::Denoising;
+pub use high_order::{HighOrder, Orders};
 pub use time::TimeLaw;
 pub use weight::Weight;
