@@ -63,6 +63,8 @@ pub const TABLE: &[(&str, &str, Runner)] = &[
     ("scheduler", "cm_stochastic_iterative", scheduler::run),
     ("scheduler", "flow_match_euler", scheduler::run),
     ("scheduler", "flow_match_heun", scheduler::run),
+    ("scheduler", "score_sde_ve", scheduler::run),
+    ("scheduler", "score_sde_vp", scheduler::run),
     ("function", "forward_process", function::run),
     ("function", "timestep_embedding", function::run),
     ("function", "ema", function::run),
