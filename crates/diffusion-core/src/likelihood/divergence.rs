@@ -195,4 +195,18 @@ mod tests {
             Ok(Probe::Exact)
         ));
     }
+
+    /// Gradients reach the input of a network in f32 behind a state in f64.
+    #[test]
+    fn through_a_network_of_another_type() {
+        use crate::denoiser::{Network, TimeCode};
+        use crate::predict::Kind;
+        let network = Network::new(Kind::Score, TimeCode::Index, |x: &Tensor, _: &Tensor| {
+            Ok(x.sqr()?.affine(-0.5, 0.0)?)
+        });
+        let x = Tensor::new(&[[0.5, 1.0], [2.0, -1.0f64]], &Device::Cpu).unwrap();
+        let (score, div) = run(&network, &x, Point::new(0.5, 0.6, 0.8), &Probe::Exact);
+        assert_eq!(score.dtype(), DType::F64);
+        assert_eq!(div, [-1.5, -1.0]);
+    }
 }

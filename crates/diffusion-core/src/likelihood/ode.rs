@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn probes_are_unbiased_over_trajectories() {
-        let n = 400;
+        let n = 120;
         let mixture = Mixture::new(
             vec![0.4, 0.6],
             vec![vec![-1.0, 0.3], vec![0.8, -0.4]],

@@ -258,7 +258,7 @@ mod tests {
 
     /// `∫ E[h] dt` for Gaussian data at one x by Simpson's rule in ln t.
     fn integral(bound: &ScoreFlow, oracle: &Gaussian, x: f64, implicit: bool) -> f64 {
-        let n = 2000;
+        let n = 1000;
         let (a, b) = (bound.start.max(1e-9).ln(), bound.end.ln());
         let mut total = 0.0;
         let times: Vec<f64> = (0..=n)

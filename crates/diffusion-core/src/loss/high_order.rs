@@ -329,7 +329,7 @@ mod tests {
     /// target of ∇ tr J = 0 is ‖γ‖² γ − (D + 2) r γ, of mean square r³ (2 D² + 4 D)/D².
     #[test]
     fn the_floors_of_gaussian_data() {
-        let (n, d, c) = (20_000, 3, 0.7);
+        let (n, d, c) = (8000, 3, 0.7);
         let oracle = Gaussian::new(vec![0.0; d], vec![c; d]);
         let p = Point::new(0.5, 0.8, 0.6);
         let (x0, z) = (normal(n, d, 1).affine(c, 0.0).unwrap(), normal(n, d, 2));

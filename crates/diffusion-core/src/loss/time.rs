@@ -201,4 +201,35 @@ mod tests {
             assert!((mass(0.01, e) / mass(0.01, 1.0) - 0.3).abs() < 1e-5, "{k}");
         }
     }
+
+    /// The likelihood-weighted loss is the same under both laws, at a smaller variance under its own.
+    #[test]
+    fn importance_sampling_changes_the_variance_alone() {
+        use crate::loss::Weight;
+        use crate::predict::Kind;
+        let vp = Vp::default();
+        let (low, high) = vp.span();
+        let z = vp.at(low).log_snr() - vp.at(high).log_snr();
+        // An error of ε that grows with the signal, as trained networks have it.
+        let error = |p: &Point| 0.3 + p.alpha;
+        let moments = |values: Vec<f64>| {
+            let n = values.len() as f64;
+            let mean = values.iter().sum::<f64>() / n;
+            let var = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+            (mean, var / n)
+        };
+        let own = draws(TimeLaw::Likelihood, &vp);
+        let (own, own_var) = moments(own.iter().map(|p| z * error(p)).collect());
+        let uniform = draws(TimeLaw::Uniform, &vp);
+        let weight = |p: &Point| Weight::Likelihood.under(&vp, Kind::Epsilon, p);
+        let (mean, var) = moments(
+            uniform
+                .iter()
+                .map(|p| (high - low) * weight(p) * error(p))
+                .collect(),
+        );
+        let bound = 4.0 * (own_var + var).sqrt();
+        assert!((own - mean).abs() < bound, "{own} {mean} ± {bound}");
+        assert!(own_var < 0.1 * var, "{own_var} {var}");
+    }
 }

@@ -154,9 +154,15 @@ impl Solver for AdaptiveSde {
             let dw = rows_of(&ctx.noise.brownian_each(&like, &spans)?)?;
             let moved = |drift: &[f64], times: &[f64]| -> Vec<f64> {
                 let mut out = state.clone();
-                for (i, o) in out.iter_mut().enumerate() {
-                    let (row, g2) = (i / width, self.schedule.rates(times[i / width]).g2);
-                    *o += -(now[row] - then[row]) * drift[i] + g2.sqrt() * dw[i];
+                for (row, x) in out.chunks_mut(width).enumerate() {
+                    let (h, g) = (
+                        now[row] - then[row],
+                        self.schedule.rates(times[row]).g2.sqrt(),
+                    );
+                    let at = row * width;
+                    for ((x, d), w) in x.iter_mut().zip(&drift[at..]).zip(&dw[at..]) {
+                        *x += g * w - h * d;
+                    }
                 }
                 out
             };

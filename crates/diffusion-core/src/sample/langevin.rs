@@ -319,4 +319,28 @@ mod tests {
         let (with, without) = (run(moves), run(plain));
         assert!(with < 0.5 * without, "{with} {without}");
     }
+
+    #[test]
+    fn an_item_has_the_same_bits_in_any_batch() {
+        let oracle = Gaussian::new(vec![0.1, -0.2], vec![0.5, 0.1]);
+        let ve = Ve::default();
+        let points: Vec<Point> = linspace(1.0, 0.1, 5)
+            .into_iter()
+            .map(|t| ve.at(t))
+            .collect();
+        let x = Tensor::new(&[[12.0, -3.0], [-40.0, 2.0], [1.0, 7.0f64]], &Device::Cpu).unwrap();
+        let run = |from: u64, n: u64| {
+            let mut plan =
+                Planned::with_moves(ReverseDiffusion::default(), predictor_corrector(&points));
+            plan.corrector = Some(Box::new(Langevin::new(0.16)));
+            let mut noise = CounterNoise::new(0, from..from + n);
+            let x = x.narrow(0, from as usize, n as usize).unwrap();
+            let y = sample(&plan, &oracle, x, &mut noise, from..from + n).unwrap();
+            y.to_vec2::<f64>().unwrap()
+        };
+        let all = run(0, 3);
+        for i in 0..3 {
+            assert_eq!(run(i, 1)[0], all[i as usize]);
+        }
+    }
 }

@@ -77,13 +77,23 @@ fn predict(
             large: matches!(process, Process::Vp(_)),
             noise_into_data,
         }),
-        "none" | "" => planned!(Stay),
+        name if is_none(name) => planned!(Stay),
         other => Err(unsupported(format!("the predictor {other}"))),
     }
 }
 
-/// What the authors call the predictor `none`: the sample stays as it is.
+fn is_none(name: &str) -> bool {
+    name.is_empty() || name.eq_ignore_ascii_case("none")
+}
+
+/// What the authors call the predictor or corrector `none`: the sample stays as it is.
 struct Stay;
+
+impl Corrector for Stay {
+    fn correct(&self, x: &Tensor, _: &Point, _: &mut Ctx<'_>) -> diffusion_core::Result<Tensor> {
+        Ok(x.clone())
+    }
+}
 
 impl Step for Stay {
     type Memory = ();
@@ -118,7 +128,7 @@ pub(super) fn pc_sampler(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let mut points = grid(process, n, eps(fixture, process)?);
     points.push(Point::data(0.0));
     let name = word(fixture, "corrector");
-    let corrects = !matches!(name, "none" | "");
+    let corrects = !is_none(name);
     let mut moves = predictor_corrector(&points);
     if !corrects {
         moves.retain(|m| matches!(m, Move::Denoise(..)));
@@ -128,7 +138,11 @@ pub(super) fn pc_sampler(fixture: &Fixture, check: &mut Check) -> Result<()> {
         Some(stack) => unstacked(stack),
         None => Ok(Vec::new()),
     };
-    let (predictors, correctors) = (stacks("predictor_noise")?, stacks("corrector_noise")?);
+    let (mut predictors, correctors) = (stacks("predictor_noise")?, stacks("corrector_noise")?);
+    if flag(fixture, "probability_flow", false) {
+        // Drawn by the authors and multiplied by zero.
+        predictors.clear();
+    }
     let inner = if corrects { correctors.len() / n } else { 0 };
     let mut draws = Vec::new();
     for k in 0..n {
@@ -182,17 +196,31 @@ pub(super) fn pc_inpainting(fixture: &Fixture, check: &mut Check) -> Result<()> 
     let points = grid(process, n, eps(fixture, process)?);
     let (data, mask) = (fixture.input_f64("data")?, fixture.input_f64("mask")?);
     let name = word(fixture, "corrector");
-    let corrects = !matches!(name, "none" | "");
+    // What is known is pasted after a correction that does nothing, too.
     let mut moves = Vec::new();
     for (k, at) in points.iter().enumerate() {
-        if corrects {
-            moves.push(Move::Correct(*at));
-        }
+        moves.push(Move::Correct(*at));
         let last = k + 1 == n && flag(fixture, "denoise", true);
         let to = if last { Point::data(0.0) } else { *at };
         moves.push(Move::Denoise(*at, to));
     }
-    let mut noise = RecordedNoise::new(unstacked(&fixture.input_f64("noises")?)?);
+    let corrects = !is_none(name);
+    let predicts = !is_none(word(fixture, "predictor"));
+    let corrections = if corrects {
+        setting(fixture, "n_steps", 1.0)? as usize
+    } else {
+        0
+    };
+    let mut draws = unstacked(&fixture.input_f64("noises")?)?;
+    if predicts && flag(fixture, "probability_flow", false) {
+        // Corrections, paste, prediction, paste: the prediction's is multiplied by zero.
+        let mut place = 0;
+        draws.retain(|_| {
+            place += 1;
+            (place - 1) % (corrections + 3) != corrections + 1
+        });
+    }
+    let mut noise = RecordedNoise::new(draws);
     let prior = fixture
         .input_f64("prior")?
         .affine(process.prior_std(), 0.0)?;
@@ -209,9 +237,11 @@ pub(super) fn pc_inpainting(fixture: &Fixture, check: &mut Check) -> Result<()> 
             Ok(solver.solve(x.clone(), &mut ctx, &mut ())?)
         },
         &|parts| {
-            if corrects {
-                *parts.corrector = Some(Box::new(corrector(fixture, process, name, &chain)?));
-            }
+            *parts.corrector = Some(if corrects {
+                Box::new(corrector(fixture, process, name, &chain)?)
+            } else {
+                Box::new(Stay)
+            });
             *parts.constraint = Some(Box::new(Inpaint::new(data.clone(), &mask)?));
             Ok(())
         },
