@@ -26,6 +26,16 @@ pub enum EmaRule {
         #[serde(default)]
         min_decay: f64,
     },
+    /// The same decay at every update, or `(1 + n)/(10 + n)` at the n-th until `decay` is reached;
+    /// as the average of the score SDE code.
+    Constant {
+        /// The largest decay.
+        #[serde(default = "largest")]
+        decay: f64,
+        /// Whether the first updates follow the number of updates.
+        #[serde(default)]
+        use_num_updates: bool,
+    },
     /// `1 − (1 + k/inv_gamma)^(−power)` until `decay` is reached.
     Warmup {
         /// The largest decay.
@@ -76,10 +86,23 @@ impl EmaRule {
     /// decay = 0                                                     if k = 0
     ///         clamp((1 + k)/(10 + k),           min_decay, decay)   plain
     ///         clamp(1 − (1 + k/inv_gamma)^−power, min_decay, decay) warm-up
+    /// decay = decay, or min(decay, (1 + step)/(10 + step))          constant
     /// ```
     pub fn decay(&self, step: u64) -> f64 {
         let (after, most, least) = match *self {
             Self::Off {} => return 0.0,
+            Self::Constant {
+                decay,
+                use_num_updates,
+            } => {
+                let n = step as f64;
+                let counted = (1.0 + n) / (10.0 + n);
+                return if use_num_updates {
+                    counted.min(decay)
+                } else {
+                    decay
+                };
+            }
             Self::Plain {
                 decay,
                 update_after_step,
@@ -117,6 +140,12 @@ impl EmaRule {
         };
         match *self {
             Self::Off {} => Ok(()),
+            Self::Constant { decay, .. } => field(
+                "decay",
+                decay,
+                (0.0..1.0).contains(&decay),
+                "a number in [0, 1)",
+            ),
             Self::Plain {
                 decay, min_decay, ..
             }

@@ -4,11 +4,15 @@
 //! |---|---|---|
 //! | [`unet2d`] | `UNet2DModel` | diffusers |
 //! | [`guided_unet`] | `UNetModel`, `EncoderUNetModel`, `SuperResModel` | improved- and guided-diffusion |
+//! | [`song_unet`] | `SongUNet`, `DhariwalUNet` | EDM |
 
 mod check;
 mod input;
+mod labels;
 
 /// The U-Nets of improved-diffusion and guided-diffusion.
 pub mod guided_unet;
+/// The networks of EDM.
+pub mod song_unet;
 /// The two-dimensional U-Net of `diffusers`' `UNet2DModel`.
 pub mod unet2d;

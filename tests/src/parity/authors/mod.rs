@@ -12,6 +12,11 @@ use anyhow::Result;
 
 /// Which function runs which (system, beginning of the name).
 const CASES: &[(&str, &str, Runner)] = &[
+    ("edm", "songunet", networks::edm::raw),
+    ("edm", "dhariwal_unet", networks::edm::raw),
+    ("edm", "precond", networks::edm::preconditioned),
+    ("edm", "edm_sampler", networks::edm::sampler),
+    ("edm", "losses", networks::edm::losses),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
     ("openai", "guided_superres", networks::super_resolution),

@@ -24,7 +24,6 @@ const NAMES: ResnetNames = ResnetNames {
     norm2: "out_layers.0",
     conv2: "out_layers.3",
     shortcut: "skip_connection",
-    filter: None,
 };
 
 /// Where a network stands while it is built: the place of the next block, and its channels.
