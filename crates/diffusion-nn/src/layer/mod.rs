@@ -20,6 +20,7 @@ mod transformer;
 mod upsample;
 
 pub use activation::Activation;
+pub(crate) use attention::rescaled;
 pub use attention::{Attention, AttentionConfig};
 pub use conv1d::{Conv1d, Conv1dConfig};
 pub use conv2d::{Conv2d, Conv2dConfig};

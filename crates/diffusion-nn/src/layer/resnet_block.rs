@@ -51,13 +51,13 @@ impl Resample {
 }
 
 /// The map from the input's channels to the output's beside the convolutions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Shortcut {
     /// A 1×1 convolution.
     #[default]
     Pointwise,
-    /// A [`Nin`].
-    Nin,
+    /// A [`Nin`], begun as said.
+    Nin(Initial),
 }
 
 /// The names of a block's parts.
@@ -239,11 +239,11 @@ impl ResnetBlock2D {
                 1,
                 config.initial,
             )?)),
-            (true, Shortcut::Nin) => Some(Beside::Nin(Nin::new(
+            (true, Shortcut::Nin(initial)) => Some(Beside::Nin(Nin::new(
                 &scope.sub(names.shortcut),
                 in_channels,
                 out_channels,
-                config.initial,
+                initial,
             )?)),
         };
         let groups_out = config.groups_out.unwrap_or(groups);

@@ -22,6 +22,14 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("openai", "guided_superres", networks::super_resolution),
     ("openai", "improved_superres", networks::super_resolution),
     ("openai", "guided_classifier", networks::classifier),
+    ("score_sde", "ddpm", networks::score_sde::network),
+    ("score_sde", "ncsnpp", networks::score_sde::network),
+    (
+        "score_sde",
+        "fir_resampling",
+        networks::score_sde::fir_resampling,
+    ),
+    ("score_sde", "ema", networks::score_sde::ema),
 ];
 
 /// Runs a fixture of the authors' code.

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | `edm` | EDM, with its preconditioners, losses and sampler |
 //! | `openai` | improved-diffusion, guided-diffusion |
+//! | `score_sde` | the score SDE code, with its resampling and average |
 
 pub mod edm;
 mod openai;
+pub mod score_sde;
 
 pub use openai::{classifier, openai_unet, super_resolution, unet};
 
