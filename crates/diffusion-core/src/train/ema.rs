@@ -341,3 +341,32 @@ pub(super) fn same_layout<'a>(
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_updates_follow_their_number() {
+        let rule = |use_num_updates| EmaRule::Constant {
+            decay: 0.9,
+            use_num_updates,
+        };
+        for (n, counted) in [
+            (1, 2.0 / 11.0),
+            (2, 0.25),
+            (79, 80.0 / 89.0),
+            (80, 0.9),
+            (500, 0.9),
+        ] {
+            assert_eq!(rule(true).decay(n), counted, "{n}");
+            assert_eq!(rule(false).decay(n), 0.9);
+        }
+        let too_much = EmaRule::Constant {
+            decay: 1.0,
+            use_num_updates: true,
+        };
+        assert!(too_much.check().is_err());
+        assert!(rule(true).check().is_ok());
+    }
+}
