@@ -41,4 +41,5 @@ pub use resnet_block::{
 };
 pub use timestep_embedding::{TimestepEmbedding, TimestepEmbeddingConfig};
 pub use transformer::{TransformerEncoderLayer, TransformerEncoderLayerConfig};
+pub(crate) use upsample::nearest;
 pub use upsample::{Upsample2D, fir_upsample2d};

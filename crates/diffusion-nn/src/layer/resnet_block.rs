@@ -222,10 +222,7 @@ impl ResnetBlock2D {
         let project =
             |temb| Linear::begun(&scope.sub(names.time), temb, width, true, config.initial);
         let conv = |name: &str, from, kernel, initial| {
-            let config = Conv2dConfig {
-                initial,
-                ..Conv2dConfig::same(from, out_channels, kernel)
-            };
+            let config = Conv2dConfig::same(from, out_channels, kernel).begun(initial);
             Conv2d::new(&scope.sub(name), config)
         };
         let moved = config

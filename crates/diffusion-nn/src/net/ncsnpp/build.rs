@@ -3,9 +3,9 @@
 use super::config::{
     Combine, Progressive, ProgressiveInput, ResBlockType, ScoreConfig, TimeEmbedding,
 };
-use super::parts::{AttnBlock, BEGIN, Change, Output, Resampler, Step, Style, begun};
+use super::parts::{AttnBlock, BEGIN, Change, Output, Resampler, Step, Style};
 use crate::error::Result;
-use crate::layer::{Activation, Conv2d, GaussianFourier, Linear, ResnetBlock2D};
+use crate::layer::{Activation, Conv2d, Conv2dConfig, GaussianFourier, Linear, ResnetBlock2D};
 use crate::store::Scope;
 use candle_core::DType;
 
@@ -115,7 +115,7 @@ impl ScoreUNet {
                 Linear::begun(&list.place(), style.temb, style.temb, true, BEGIN)?,
             ]),
         };
-        let conv_in = begun(data.num_channels, model.nf, 3, BEGIN);
+        let conv_in = Conv2dConfig::same(data.num_channels, model.nf, 3).begun(BEGIN);
         let conv_in = Conv2d::new(&list.place(), conv_in)?;
         let (down, kept) = way_down(config, &style, &mut list)?;
         let bottom = kept.last().copied().unwrap_or(model.nf);
@@ -180,7 +180,10 @@ fn output(
     let initial = if last { style.last } else { BEGIN };
     Ok(Output {
         norm,
-        conv: Conv2d::new(&list.place(), begun(from, to, 3, initial))?,
+        conv: Conv2d::new(
+            &list.place(),
+            Conv2dConfig::same(from, to, 3).begun(initial),
+        )?,
         act: style.act,
     })
 }
@@ -224,7 +227,8 @@ fn way_down(
                 ProgressiveInput::None => None,
                 ProgressiveInput::InputSkip => {
                     let at = list.place().sub("Conv_0");
-                    let combine = Conv2d::new(&at, begun(picture, channels, 1, BEGIN))?;
+                    let combine =
+                        Conv2d::new(&at, Conv2dConfig::same(picture, channels, 1).begun(BEGIN))?;
                     let down = style.resampler(&at, (picture, picture), false, false)?;
                     if style.combine == Combine::Cat {
                         channels *= 2;

@@ -4,15 +4,15 @@ use super::config::{
     Combine, Progressive, ProgressiveInput, ResBlockType, ScoreConfig, ScoreNetwork, TimeEmbedding,
 };
 use crate::error::Result;
-use crate::layer::rescaled;
 use crate::layer::{
     Activation, Conv2d, Conv2dConfig, Fir, GroupNorm, Initial, Linear, Nin, Resample,
     ResnetBlock2D, ResnetBlock2DConfig, ResnetNames, Shortcut,
 };
+use crate::layer::{nearest, rescaled};
 use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
-use diffusion_ops::{Padding, add, attention_heads, avg_pool2d, upsample_nearest2d};
+use diffusion_ops::{Padding, add, attention_heads, avg_pool2d};
 use std::f64::consts::SQRT_2;
 
 /// ε of every norm.
@@ -171,7 +171,7 @@ impl Style {
         let conv = match (with_conv, &self.fir) {
             (false, _) => Conv::None,
             (true, None) => {
-                let mut config = begun(from, to, 3, BEGIN);
+                let mut config = Conv2dConfig::same(from, to, 3).begun(BEGIN);
                 if !up {
                     config.stride = 2;
                     config.padding = Padding {
@@ -208,14 +208,6 @@ pub(super) enum Change {
     Down,
 }
 
-/// A convolution that keeps the size, begun as said.
-pub(super) fn begun(from: usize, to: usize, kernel: usize, initial: Initial) -> Conv2dConfig {
-    Conv2dConfig {
-        initial,
-        ..Conv2dConfig::same(from, to, kernel)
-    }
-}
-
 /// The authors' `Upsample` and `Downsample`. Names: `Conv_0`, or `Conv2d_0` behind a filter.
 #[derive(Clone, Debug)]
 pub(super) struct Resampler {
@@ -242,17 +234,12 @@ impl Resampler {
             }
             (Some(fir), _, true) => fir.upsample(x, 2, 1.0),
             (Some(fir), _, false) => fir.downsample(x, 2, 1.0),
-            (None, Conv::Plain(conv), true) => conv.forward(&repeated(x)?),
+            (None, Conv::Plain(conv), true) => conv.forward(&nearest(x)?),
             (None, Conv::Plain(conv), false) => conv.forward(x),
-            (None, _, true) => repeated(x),
+            (None, _, true) => nearest(x),
             (None, _, false) => Ok(avg_pool2d(x, 2)?),
         }
     }
-}
-
-fn repeated(x: &Tensor) -> Result<Tensor> {
-    let (_, _, height, width) = x.dims4()?;
-    Ok(upsample_nearest2d(x, 2 * height, 2 * width)?)
 }
 
 /// Self-attention with one head. Names: `GroupNorm_0`, `NIN_0` (queries), `NIN_1` (keys), `NIN_2`

@@ -2,9 +2,11 @@
 
 use super::block::{Style, groups};
 use super::config::{DhariwalConfig, EncoderType};
-use super::ladder::{Ladder, Plan, begun};
+use super::ladder::{Ladder, Plan};
 use crate::error::Result;
-use crate::layer::{Activation, Conv2d, Fir, GroupNorm, Initial, Linear, timestep_embedding};
+use crate::layer::{
+    Activation, Conv2d, Conv2dConfig, Fir, GroupNorm, Initial, Linear, timestep_embedding,
+};
 use crate::mode::Mode;
 use crate::net::input::{halving, maps, times};
 use crate::net::labels::{dropped, rows};
@@ -100,7 +102,7 @@ impl DhariwalUNet {
             out_norm: GroupNorm::new(&scope.sub("out_norm"), groups(first), first, EPS)?,
             out_conv: Conv2d::new(
                 &scope.sub("out_conv"),
-                begun(first, config.out_channels, 3, Initial::Zero),
+                Conv2dConfig::same(first, config.out_channels, 3).begun(Initial::Zero),
             )?,
             stream: fnv1a(&scope.name("label_dropout")),
         })

@@ -3,7 +3,7 @@
 use super::block::{Block, Change, Style, groups, keep_filter};
 use super::config::{DecoderType, EncoderType};
 use crate::error::Result;
-use crate::layer::{Activation, Conv2d, Conv2dConfig, Fir, GroupNorm, Initial};
+use crate::layer::{Activation, Conv2d, Conv2dConfig, Fir, GroupNorm};
 use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
@@ -82,7 +82,7 @@ impl Ladder {
             let side = plan.resolution >> level;
             let at = |part: &str| scope.sub("enc").sub(format!("{side}x{side}_{part}"));
             let entry = if level == 0 {
-                let conv = begun(plan.in_channels, channels, 3, style.init);
+                let conv = Conv2dConfig::same(plan.in_channels, channels, 3).begun(style.init);
                 Entry::Conv(Conv2d::new(&at("conv"), conv)?)
             } else {
                 let both = (channels, channels);
@@ -95,7 +95,7 @@ impl Ladder {
                 EncoderType::Standard => None,
                 EncoderType::Skip => {
                     keep_filter(&at("aux_down"), &style.fir)?;
-                    let conv = begun(aux_channels, channels, 1, style.init);
+                    let conv = Conv2dConfig::same(aux_channels, channels, 1).begun(style.init);
                     Some(AuxIn::Skip(Conv2d::new(&at("aux_skip"), conv)?))
                 }
                 EncoderType::Residual => {
@@ -148,7 +148,7 @@ impl Ladder {
                     if kind == DecoderType::Skip && !lowest {
                         keep_filter(&at("aux_up"), &style.fir)?;
                     }
-                    let conv = begun(channels, to, 3, style.init_zero);
+                    let conv = Conv2dConfig::same(channels, to, 3).begun(style.init_zero);
                     let norm = at("aux_norm");
                     Some(AuxOut {
                         norm: GroupNorm::new(&norm, groups(channels), channels, style.eps)?,
@@ -221,13 +221,5 @@ impl Ladder {
             }
         }
         Ok((x, aux))
-    }
-}
-
-/// A convolution that keeps the size, begun as said.
-pub(super) fn begun(from: usize, to: usize, kernel: usize, initial: Initial) -> Conv2dConfig {
-    Conv2dConfig {
-        initial,
-        ..Conv2dConfig::same(from, to, kernel)
     }
 }
