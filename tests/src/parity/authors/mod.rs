@@ -13,6 +13,8 @@ mod score_losses;
 mod score_samplers;
 mod score_sde;
 
+pub mod networks;
+
 use super::compare::Check;
 use super::fixture::Fixture;
 use super::{Runner, unsupported};
@@ -32,6 +34,24 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("score_sde", "likelihood_", score_samplers::likelihood),
     ("score_sde", "losses_", score_losses::run),
     ("edm", "ablation_sampler", edm_ablation::run),
+    ("edm", "songunet", networks::edm::raw),
+    ("edm", "dhariwal_unet", networks::edm::raw),
+    ("edm", "precond", networks::edm::preconditioned),
+    ("edm", "edm_sampler", networks::edm::sampler),
+    ("edm", "losses", networks::edm::losses),
+    ("openai", "guided_unet", networks::unet),
+    ("openai", "improved_unet", networks::unet),
+    ("openai", "guided_superres", networks::super_resolution),
+    ("openai", "improved_superres", networks::super_resolution),
+    ("openai", "guided_classifier", networks::classifier),
+    ("score_sde", "ddpm", networks::score_sde::network),
+    ("score_sde", "ncsnpp", networks::score_sde::network),
+    (
+        "score_sde",
+        "fir_resampling",
+        networks::score_sde::fir_resampling,
+    ),
+    ("score_sde", "ema", networks::score_sde::ema),
 ];
 
 /// The function of a fixture of the authors' code, if it is one that is known here.
