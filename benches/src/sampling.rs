@@ -107,7 +107,11 @@ impl Run {
 
 /// A network that costs nothing.
 pub fn still(epsilon: &Tensor) -> impl Denoiser + '_ {
-    from_fn(move |_: &Tensor, _, _| Ok(Prediction::new(Kind::Epsilon, epsilon.clone())))
+    from_fn(move |x: &Tensor, _, _| {
+        // As networks do whose state is wider than they are.
+        let value = epsilon.to_dtype(x.dtype())?;
+        Ok(Prediction::new(Kind::Epsilon, value))
+    })
 }
 
 /// A batch of noise.

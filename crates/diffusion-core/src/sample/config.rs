@@ -221,11 +221,14 @@ impl SamplerConfig {
             Self::Ddim(step) => Box::new(Planned::new(step, points)),
             Self::Euler(mut step) => {
                 step.churn.schedule = schedule;
-                Box::new(Planned::new(step, points).in_f64())
+                Box::new(Planned::new(step, points))
             }
             Self::Heun(mut step) => {
                 step.churn.schedule = schedule;
-                Box::new(Planned::new(step, points).in_f64())
+                let churns = step.churn.s_churn > 0.0;
+                let planned = Planned::new(step, points);
+                // EDM's stochastic sampler, as its authors run it.
+                Box::new(if churns { planned.in_f64() } else { planned })
             }
             Self::Kdpm2(step) => {
                 let points = kdpm2_points(points, &*between(), step.eta);
