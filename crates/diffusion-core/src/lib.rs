@@ -45,6 +45,7 @@ pub mod forward;
 pub mod grid;
 pub mod guide;
 pub mod interop;
+pub mod likelihood;
 pub mod limits;
 pub mod loss;
 pub mod noise;

@@ -8,10 +8,12 @@
 pub mod edm;
 pub mod frame;
 pub mod network;
+pub mod previous;
 
 pub use edm::EdmNetwork;
 pub use frame::VpInVe;
 pub use network::{Network, TimeCode};
+pub use previous::PreviousX;
 
 use crate::error::Result;
 use crate::noise::Noise;

@@ -63,7 +63,11 @@ impl Step for Ddim {
             Direction::Predicted => said.epsilon(x, at)?,
             Direction::Rederived => said.epsilon_of_x0(x, at)?,
         };
-        let variance = self.eta.powi(2) * posterior(from, to).variance;
+        // Going up to pure noise has no posterior, and without η needs none.
+        let variance = match self.eta {
+            0.0 => 0.0,
+            eta => eta.powi(2) * posterior(from, to).variance,
+        };
         let along = (to.sigma.powi(2) - variance).max(0.0).sqrt();
         if variance == 0.0 {
             return lincomb(to.alpha, &x0, along, &epsilon);

@@ -7,6 +7,7 @@
 //! | file | method | order |
 //! |---|---|---|
 //! | [`ancestral`] | DDPM | stochastic |
+//! | [`reverse`] | the law of a reverse step, for samplers and bounds | |
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
@@ -20,6 +21,7 @@ pub mod euler;
 pub mod heun;
 mod plan;
 mod registry;
+pub mod reverse;
 
 pub use ancestral::{Ancestral, Variance};
 pub use churn::{Churn, ChurnOrder};
@@ -29,6 +31,7 @@ pub use euler::Euler;
 pub use heun::Heun;
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use registry::SamplerConfig;
+pub use reverse::{Chain, Hop, Mean, Reverse};
 
 use crate::denoiser::{Call, Denoiser};
 use crate::error::Result;
