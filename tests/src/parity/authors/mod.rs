@@ -3,13 +3,21 @@
 //! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
 //! its name, so that the same case with other settings finds the same function.
 
+pub mod networks;
+
 use super::compare::Check;
 use super::fixture::Fixture;
 use super::{Runner, unsupported};
 use anyhow::Result;
 
 /// Which function runs which (system, beginning of the name).
-const CASES: &[(&str, &str, Runner)] = &[];
+const CASES: &[(&str, &str, Runner)] = &[
+    ("openai", "guided_unet", networks::unet),
+    ("openai", "improved_unet", networks::unet),
+    ("openai", "guided_superres", networks::super_resolution),
+    ("openai", "improved_superres", networks::super_resolution),
+    ("openai", "guided_classifier", networks::classifier),
+];
 
 /// Runs a fixture of the authors' code.
 ///
