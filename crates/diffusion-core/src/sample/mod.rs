@@ -7,6 +7,7 @@
 //! | file | method | order |
 //! |---|---|---|
 //! | [`ancestral`] | DDPM | stochastic |
+//! | [`mean_guided`] | DDPM with a classifier on the mean | stochastic |
 //! | [`reverse`] | the law of a reverse step, for samplers and bounds | |
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
@@ -19,6 +20,7 @@ pub mod ddim;
 pub mod dpm_solver_pp;
 pub mod euler;
 pub mod heun;
+pub mod mean_guided;
 mod plan;
 mod registry;
 pub mod reverse;
@@ -29,6 +31,7 @@ pub use ddim::{Ddim, Direction};
 pub use dpm_solver_pp::{DpmSolverPp, LowerFinal};
 pub use euler::Euler;
 pub use heun::Heun;
+pub use mean_guided::MeanGuided;
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use registry::SamplerConfig;
 pub use reverse::{Chain, Hop, Mean, Reverse};
