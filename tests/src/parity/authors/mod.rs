@@ -3,6 +3,7 @@
 //! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
 //! its name, so that the same case with other settings finds the same function.
 
+pub mod gaussian;
 pub mod networks;
 
 use super::compare::Check;
@@ -12,6 +13,15 @@ use anyhow::Result;
 
 /// Which function runs which (system, beginning of the name).
 const CASES: &[(&str, &str, Runner)] = &[
+    ("openai", "schedule_", gaussian::schedule),
+    ("openai", "loss_helpers", gaussian::helpers),
+    ("openai", "loss_second_moment", gaussian::resampler),
+    ("openai", "respacing", gaussian::respacing),
+    ("openai", "p_mean_variance", gaussian::p_mean_variance),
+    ("openai", "training_losses", gaussian::training_losses),
+    ("openai", "single_steps", gaussian::single_steps),
+    ("openai", "calc_bpd_loop", gaussian::bound),
+    ("openai", "sample_loop", gaussian::sample_loop),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
     ("openai", "guided_superres", networks::super_resolution),
