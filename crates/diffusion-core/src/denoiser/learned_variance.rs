@@ -24,9 +24,8 @@ impl<D: Denoiser> Denoiser for LearnedVariance<D> {
             .expected(format!("twice the {channels} of its input"))
             .config());
         }
-        let half = |from| -> Result<Tensor> {
-            Ok(said.value.narrow(1, from, channels)?.contiguous()?)
-        };
+        let half =
+            |from| -> Result<Tensor> { Ok(said.value.narrow(1, from, channels)?.contiguous()?) };
         Ok(Prediction {
             value: half(0)?,
             var_mix: Some(half(channels)?),
@@ -62,7 +61,10 @@ mod tests {
         };
         let said = run(2).unwrap();
         assert_eq!(said.value.to_vec2::<f64>().unwrap(), [[1.0, 2.0]]);
-        assert_eq!(said.var_mix.unwrap().to_vec2::<f64>().unwrap(), [[2.0, 3.0]]);
+        assert_eq!(
+            said.var_mix.unwrap().to_vec2::<f64>().unwrap(),
+            [[2.0, 3.0]]
+        );
         assert!(run(1).unwrap_err().to_string().contains("twice"));
     }
 }

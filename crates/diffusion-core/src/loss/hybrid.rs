@@ -146,7 +146,11 @@ mod tests {
         let table = BetaSchedule::ddpm(20).table(20).unwrap();
         let decoder = Decoder::DiscretisedTanh { levels: 16 };
         Hybrid {
-            vlb: Vlb::new(Chain::of_table(&table).unwrap(), Variance::LearnedRange, decoder),
+            vlb: Vlb::new(
+                Chain::of_table(&table).unwrap(),
+                Variance::LearnedRange,
+                decoder,
+            ),
             loss,
         }
     }
@@ -172,13 +176,23 @@ mod tests {
 
     #[test]
     fn the_bound_reaches_the_variance_only() {
-        let w = [[0.2, -0.1, 0.3, 0.1], [1.0, 0.5, -0.2, 0.4], [0.1, 0.0, 0.9, -1.0]];
+        let w = [
+            [0.2, -0.1, 0.3, 0.1],
+            [1.0, 0.5, -0.2, 0.4],
+            [0.1, 0.0, 0.9, -1.0],
+        ];
         let w = Tensor::new(&w, &Device::Cpu).unwrap();
         for loss in [HybridLoss::Kl, HybridLoss::RescaledKl] {
-            assert!(gradcheck(&w, |w| mean_loss(loss, w)).unwrap() < 1e-5, "{loss:?}");
+            assert!(
+                gradcheck(&w, |w| mean_loss(loss, w)).unwrap() < 1e-5,
+                "{loss:?}"
+            );
         }
         let slope = |loss| {
-            gradient(&w, |w| mean_loss(loss, w)).unwrap().to_vec2::<f64>().unwrap()
+            gradient(&w, |w| mean_loss(loss, w))
+                .unwrap()
+                .to_vec2::<f64>()
+                .unwrap()
         };
         let (one, scaled, kl) = (
             slope(HybridLoss::Mse),

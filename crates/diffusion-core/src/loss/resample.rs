@@ -113,7 +113,11 @@ impl SecondMoment {
     /// # Errors
     /// Those of tensor creation.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        let row = |l: &Vec<f64>| (0..self.history).map(|i| l.get(i).copied().unwrap_or(0.0)).collect();
+        let row = |l: &Vec<f64>| {
+            (0..self.history)
+                .map(|i| l.get(i).copied().unwrap_or(0.0))
+                .collect()
+        };
         let rows: Vec<Vec<f64>> = self.losses.iter().map(row).collect();
         let counts: Vec<f64> = self.losses.iter().map(|l| l.len() as f64).collect();
         Ok(BTreeMap::from([
@@ -163,7 +167,8 @@ mod tests {
         let mut s = SecondMoment::new(4, 2, 0.1).unwrap();
         for round in 0..3 {
             assert_eq!(s.warmed_up(), round > 1);
-            s.update(&[0, 1, 2, 3], &[1.0, 2.0, 0.5, 4.5 + f64::from(round)]).unwrap();
+            s.update(&[0, 1, 2, 3], &[1.0, 2.0, 0.5, 4.5 + f64::from(round)])
+                .unwrap();
         }
         s
     }
@@ -199,7 +204,12 @@ mod tests {
         half.update(&[1], &[3.0]).unwrap();
         other.restore(&half.state().unwrap()).unwrap();
         assert_eq!(other, half);
-        assert!(SecondMoment::new(5, 2, 0.1).unwrap().restore(&s.state().unwrap()).is_err());
+        assert!(
+            SecondMoment::new(5, 2, 0.1)
+                .unwrap()
+                .restore(&s.state().unwrap())
+                .is_err()
+        );
         assert!(other.update(&[4], &[1.0]).is_err());
         assert!(other.update(&[0], &[f64::NAN]).is_err());
         assert!(SecondMoment::new(0, 2, 0.1).is_err());

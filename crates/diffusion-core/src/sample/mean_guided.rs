@@ -41,7 +41,13 @@ impl<F: Fn(&Tensor, At<'_>) -> Result<Tensor>> MeanGuided<F> {
     pub fn law(&self, x: &Tensor, from: &Point, to: &Point, ctx: &mut Ctx<'_>) -> Result<Reverse> {
         let hop = self.hop(from, to);
         let said = ctx.denoise(x, from)?;
-        let law = Reverse::of(&said, x, &vec![hop; x.dim(0)?], self.variance, Mean::Posterior)?;
+        let law = Reverse::of(
+            &said,
+            x,
+            &vec![hop; x.dim(0)?],
+            self.variance,
+            Mean::Posterior,
+        )?;
         let slope = gradient(x, |x| Ok((self.log_prob)(x, At::All(*from))?.sum_all()?))?;
         // The borrowed variance of the last step is a logarithm's: the small one itself is zero.
         let still = hop.into_data() && self.variance == Variance::FixedSmall;

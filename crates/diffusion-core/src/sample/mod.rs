@@ -7,6 +7,7 @@
 //! | file | method | order |
 //! |---|---|---|
 //! | [`ancestral`] | DDPM | stochastic |
+//! | [`analytic`] | Analytic-DPM, any η | stochastic |
 //! | [`mean_guided`] | DDPM with a classifier on the mean | stochastic |
 //! | [`reverse`] | the law of a reverse step, for samplers and bounds | |
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
@@ -14,6 +15,7 @@
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
 //! | [`dpm_solver_pp`] | DPM-Solver++ 1 and 2M | 1, 2 |
 
+pub mod analytic;
 pub mod ancestral;
 pub mod churn;
 pub mod ddim;
@@ -25,6 +27,7 @@ mod plan;
 mod registry;
 pub mod reverse;
 
+pub use analytic::{Analytic, Bounds, noise_moments};
 pub use ancestral::{Ancestral, Variance};
 pub use churn::{Churn, ChurnOrder};
 pub use ddim::{Ddim, Direction};

@@ -75,9 +75,15 @@ pub fn schedule(fixture: &Fixture, check: &mut Check) -> Result<()> {
         ("alphas_cumprod_next", bar_next),
         ("sqrt_alphas_cumprod", column(&|h| h.from.alpha)),
         ("sqrt_one_minus_alphas_cumprod", column(&|h| h.from.sigma)),
-        ("log_one_minus_alphas_cumprod", column(&|h| 2.0 * h.from.sigma.ln())),
+        (
+            "log_one_minus_alphas_cumprod",
+            column(&|h| 2.0 * h.from.sigma.ln()),
+        ),
         ("sqrt_recip_alphas_cumprod", column(&|h| 1.0 / h.from.alpha)),
-        ("sqrt_recipm1_alphas_cumprod", column(&|h| h.from.sigma_hat())),
+        (
+            "sqrt_recipm1_alphas_cumprod",
+            column(&|h| h.from.sigma_hat()),
+        ),
         ("posterior_variance", column(&|h| h.posterior().variance)),
         ("posterior_log_variance_clipped", column(&|h| h.log_small)),
         ("posterior_mean_coef1", column(&|h| h.posterior().x0)),
@@ -96,7 +102,12 @@ pub fn schedule(fixture: &Fixture, check: &mut Check) -> Result<()> {
 pub fn helpers(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let get = |name: &str| fixture.input(name);
     let out = &fixture.outputs;
-    let ours = kl(get("mean1")?, get("logvar1")?, get("mean2")?, get("logvar2")?)?;
+    let ours = kl(
+        get("mean1")?,
+        get("logvar1")?,
+        get("mean2")?,
+        get("logvar2")?,
+    )?;
     check.stored(out, "normal_kl", &ours)?;
     check.stored(out, "cdf", &tanh_cdf(get("mean1")?)?)?;
     let decoder = Decoder::DiscretisedTanh { levels: 256 };
@@ -120,7 +131,10 @@ pub fn resampler(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let steps = number(fixture, "num_timesteps")? as usize;
     let history = number(fixture, "history_per_term")? as usize;
     let mut ours = SecondMoment::new(steps, history, number(fixture, "uniform_prob")?)?;
-    let (ts, losses) = (indices(fixture.input("ts")?)?, values(fixture.input("losses")?)?);
+    let (ts, losses) = (
+        indices(fixture.input("ts")?)?,
+        values(fixture.input("losses")?)?,
+    );
     for (i, (t, loss)) in ts.iter().zip(&losses).enumerate() {
         ours.update(&[*t], &[*loss])?;
         let name = format!("weights_after_{}", i + 1);
@@ -245,7 +259,10 @@ fn clipping(clip: bool) -> Clip {
 }
 
 /// A call that draws nothing.
-fn quietly<T>(batch: usize, f: impl FnOnce(&mut Call<'_>) -> diffusion_core::Result<T>) -> Result<T> {
+fn quietly<T>(
+    batch: usize,
+    f: impl FnOnce(&mut Call<'_>) -> diffusion_core::Result<T>,
+) -> Result<T> {
     let mut noise = CounterNoise::new(0, 0..batch as u64);
     Ok(f(&mut Call {
         noise: &mut noise,
@@ -380,7 +397,11 @@ pub fn single_steps(fixture: &Fixture, check: &mut Check) -> Result<()> {
                     t if t == last => Point::new(t as f64 + 1.0, 0.0, 1.0),
                     t => table.index(t + 1),
                 };
-                let guided = ClassifierGuided { inner: &net, log_prob, scale };
+                let guided = ClassifierGuided {
+                    inner: &net,
+                    log_prob,
+                    scale,
+                };
                 let shifted = MeanGuided {
                     chain: chain.clone(),
                     variance: reading.variance()?,
@@ -389,32 +410,50 @@ pub fn single_steps(fixture: &Fixture, check: &mut Check) -> Result<()> {
                 };
                 let mut noise = RecordedNoise::new([z.clone()]);
                 let mut plain = Ctx::new(&net, &mut noise, 0..1);
-                let ddim = |eta| Ddim { eta, direction: Direction::Rederived };
+                let ddim = |eta| Ddim {
+                    eta,
+                    direction: Direction::Rederived,
+                };
                 let law_of = |said: Prediction| -> Result<_> {
                     let vlb = reading.vlb(chain.clone(), false)?;
                     Ok(vlb.law(said, &x, &chain.at(&[*t])?)?)
                 };
                 Ok(match name.as_str() {
-                    "p_sample" => Ancestral { variance: reading.variance()?, ..Ancestral::default() }
-                        .step(&x, &from, &to, &mut plain, &mut ())?,
+                    "p_sample" => Ancestral {
+                        variance: reading.variance()?,
+                        ..Ancestral::default()
+                    }
+                    .step(&x, &from, &to, &mut plain, &mut ())?,
                     "p_sample_pred_xstart" => plain.denoise(&x, &from)?.x0(&x, At::All(from))?,
                     "ddim_reverse" => ddim(0.0).step(&x, &from, &up, &mut plain, &mut ())?,
-                    "cond_grad" => (gradient(&x, |x| Ok(log_prob(x, At::All(from))?.sum_all()?))? * scale)?,
+                    "cond_grad" => {
+                        (gradient(&x, |x| Ok(log_prob(x, At::All(from))?.sum_all()?))? * scale)?
+                    }
                     "condition_mean" => shifted.law(&x, &from, &to, &mut plain)?.mean,
                     "p_sample_guided" => shifted.step(&x, &from, &to, &mut plain, &mut ())?,
                     "condition_score_pred_xstart" | "condition_score_mean" => {
                         let said = quietly(1, |call| guided.predict(&x, At::All(from), call))?;
                         let law = law_of(said)?;
-                        if name == "condition_score_mean" { law.mean } else { law.x0 }
+                        if name == "condition_score_mean" {
+                            law.mean
+                        } else {
+                            law.x0
+                        }
                     }
                     "ddim_guided" => {
                         let mut noise = RecordedNoise::new([z.clone()]);
                         let mut ctx = Ctx::new(&guided, &mut noise, 0..1);
-                        let eta = fixture.config.get("eta").and_then(|v| v.as_f64()).unwrap_or(0.0);
+                        let eta = fixture
+                            .config
+                            .get("eta")
+                            .and_then(|v| v.as_f64())
+                            .unwrap_or(0.0);
                         ddim(eta).step(&x, &from, &to, &mut ctx, &mut ())?
                     }
                     other => match other.strip_prefix("ddim_eta") {
-                        Some(eta) => ddim(eta.parse()?).step(&x, &from, &to, &mut plain, &mut ())?,
+                        Some(eta) => {
+                            ddim(eta.parse()?).step(&x, &from, &to, &mut plain, &mut ())?
+                        }
                         None => return Err(anyhow!("no output {other} is known")),
                     },
                 })
@@ -488,7 +527,10 @@ pub fn sample_loop(fixture: &Fixture, check: &mut Check) -> Result<()> {
     };
     let points = Respaced::new(&table, &rule)?.points();
     let reading = Reading::of(fixture);
-    let inner = reading.denoiser(&Chain::new(&points)?, network(fixture, table.betas().len())?)?;
+    let inner = reading.denoiser(
+        &Chain::new(&points)?,
+        network(fixture, table.betas().len())?,
+    )?;
     let net = Thresholded {
         inner,
         clip: clipping(flag(fixture, "clip_denoised", true)),

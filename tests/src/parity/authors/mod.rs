@@ -3,6 +3,7 @@
 //! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
 //! its name, so that the same case with other settings finds the same function.
 
+pub mod analytic;
 pub mod gaussian;
 pub mod networks;
 
@@ -21,6 +22,7 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("openai", "training_losses", gaussian::training_losses),
     ("openai", "single_steps", gaussian::single_steps),
     ("openai", "calc_bpd_loop", gaussian::bound),
+    ("analytic_dpm", "reverse_", analytic::run),
     ("openai", "sample_loop", gaussian::sample_loop),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
