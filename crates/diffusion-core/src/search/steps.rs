@@ -17,7 +17,8 @@ pub enum StepChoice {
         /// The exponent `p`.
         exponent: f64,
     },
-    /// DDIM's squares, `1 + ⌊u²⌋` with `u` evenly from 0 to `√(0.8 N)`.
+    /// DDIM's squares, `1 + ⌊u²⌋` with `u` evenly from 0 to `√(0.8 N)`. Many of few steps fall
+    /// together next to the data; drop the repeated ones before sampling.
     QuadDdim,
     /// The optimal trajectory: the cheapest path for the analytic variance, with the steps of
     /// impossible estimates (`E‖ε̂‖²/D > 1`) replaced by even ones.
@@ -53,7 +54,7 @@ impl StepChoice {
         }
     }
 
-    /// The `count` steps of `total`, rising.
+    /// The `count` steps of `total`, rising (see [`StepChoice::QuadDdim`]).
     ///
     /// # Errors
     /// `Config` when there are fewer than two or more than `total` steps, or the rule cannot
@@ -98,7 +99,9 @@ impl StepChoice {
                     n if n == count => end,
                     _ => k as f64 * (end / last),
                 };
-                (0..count).map(|k| place(k).powi(2) as usize + 1).collect()
+                return Ok((0..count)
+                    .map(|k| place(k).powi(2) as usize + 1)
+                    .collect());
             }
             Self::OptimalTrajectory { moments, alpha_bar } => {
                 return optimal(moments, alpha_bar, total, count);
@@ -198,7 +201,7 @@ mod tests {
         assert_eq!(choose("quad_ddim", 1000, 3).unwrap(), [1, 201, 801]);
         assert_eq!(choose("linear", 5, 5).unwrap(), [1, 2, 3, 4, 5]);
         assert!(choose("linear", 10, 1).is_err());
-        assert!(choose("quad_ddim", 10, 10).is_err());
+        assert_eq!(choose("quad_ddim", 20, 6).unwrap(), [1, 1, 3, 6, 11, 17]);
         assert!(StepChoice::named("dp").is_err());
     }
 
