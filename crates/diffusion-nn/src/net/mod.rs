@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`unet2d`] | `UNet2DModel` | diffusers |
 //! | [`guided_unet`] | `UNetModel`, `EncoderUNetModel`, `SuperResModel` | improved- and guided-diffusion |
+//! | [`vdm`] | `ScoreUNet` | VDM |
 
 mod check;
 mod input;
@@ -12,3 +13,5 @@ mod input;
 pub mod guided_unet;
 /// The two-dimensional U-Net of `diffusers`' `UNet2DModel`.
 pub mod unet2d;
+/// The score network of VDM.
+pub mod vdm;
