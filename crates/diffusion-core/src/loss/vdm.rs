@@ -134,20 +134,25 @@ impl Vdm<'_> {
         let (batch, device) = (k.dim(0)?, draw.epsilon.device());
         let dtype = draw.epsilon.dtype();
         if draw.times.len() != batch {
-            return Err(Report::new("times", format!("{} of them", draw.times.len()))
-                .expected(format!("one for each of {batch} items"))
-                .input());
+            return Err(
+                Report::new("times", format!("{} of them", draw.times.len()))
+                    .expected(format!("one for each of {batch} items"))
+                    .input(),
+            );
         }
         let f = self.encode(k, dtype)?;
         let sum = |x: Tensor| -> Result<Tensor> { Ok(x.flatten_from(1)?.sum(1)?) };
         let at = |times: Vec<f64>| -> Result<(Tensor, Tensor)> {
-            self.schedule.gamma(&Tensor::new(times, device)?.to_dtype(dtype)?)
+            self.schedule
+                .gamma(&Tensor::new(times, device)?.to_dtype(dtype)?)
         };
 
         let (ends, _) = at(vec![0.0, 1.0])?;
         let (gamma0, gamma1) = (ends.narrow(0, 0, 1)?, ends.narrow(0, 1, 1)?);
         // z₀/α₀ = f + e^{γ₀/2} ε.
-        let noise0 = draw.epsilon0.broadcast_mul(&broad(&(&gamma0 * 0.5)?.exp()?, &f)?)?;
+        let noise0 = draw
+            .epsilon0
+            .broadcast_mul(&broad(&(&gamma0 * 0.5)?.exp()?, &f)?)?;
         let decoded = categorical_log_prob(k, &(&f + noise0)?, &gamma0, self.levels)?;
         let reconstruction = sum(decoded)?.neg()?;
 
@@ -159,7 +164,11 @@ impl Vdm<'_> {
         let steps = self.steps.map(|steps| steps as f64);
         let times: Vec<f64> = match steps {
             None => draw.times.clone(),
-            Some(n) => draw.times.iter().map(|t| (t * n).ceil().max(1.0) / n).collect(),
+            Some(n) => draw
+                .times
+                .iter()
+                .map(|t| (t * n).ceil().max(1.0) / n)
+                .collect(),
         };
         let (gamma, slope) = at(times.clone())?;
         let said = network(&self.latent(&f, &draw.epsilon, &gamma)?, &gamma)?;

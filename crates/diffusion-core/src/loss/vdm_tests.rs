@@ -66,7 +66,10 @@ fn diffusion(schedule: &dyn LearnedSchedule, steps: Option<usize>, n: usize) -> 
     (mean, (var / n as f64).sqrt())
 }
 
-const LINEAR: LinearGamma = LinearGamma { min: -5.0, max: 4.0 };
+const LINEAR: LinearGamma = LinearGamma {
+    min: -5.0,
+    max: 4.0,
+};
 
 #[test]
 fn more_steps_tighten_the_bound() {
@@ -97,7 +100,10 @@ fn the_bound_of_two_points_is_their_entropy() {
         epsilon: noise.normal(&k).unwrap(),
         times: even_times(0.37, n),
     };
-    let schedule = LinearGamma { min: -6.0, max: 7.0 };
+    let schedule = LinearGamma {
+        min: -6.0,
+        max: 7.0,
+    };
     let vdm = Vdm {
         schedule: &schedule,
         levels: LEVELS,
@@ -108,7 +114,10 @@ fn the_bound_of_two_points_is_their_entropy() {
     let entropy = -(2.0f64 / 3.0).log2() * 2.0 / 3.0 - (1.0f64 / 3.0).log2() / 3.0;
     let (_, error) = diffusion(&schedule, None, n);
     let error = 4.0 * error / std::f64::consts::LN_2;
-    assert!((bits - entropy).abs() < error + 0.01, "{bits} {entropy} {error}");
+    assert!(
+        (bits - entropy).abs() < error + 0.01,
+        "{bits} {entropy} {error}"
+    );
 }
 
 #[test]
@@ -133,7 +142,11 @@ fn the_interior_learns_a_smaller_variance() {
         candle_core::Var::from_tensor(&Tensor::from_vec(z, shape, &Device::Cpu).unwrap()).unwrap()
     };
     let one = |v: f64| Tensor::new(&[v], &Device::Cpu).unwrap();
-    let inner = [var(1, &[1, 6], 2.0), var(2, &[6], 1.0), var(3, &[6, 1], 20.0)];
+    let inner = [
+        var(1, &[1, 6], 2.0),
+        var(2, &[6], 1.0),
+        var(3, &[6, 1], 20.0),
+    ];
     let schedule = || MonotoneGamma {
         l1_kernel: one(9.0).unsqueeze(0).unwrap(),
         l1_bias: one(-5.0),
@@ -162,7 +175,10 @@ fn the_interior_learns_a_smaller_variance() {
             levels: LEVELS,
             steps: None,
         };
-        vdm.losses(&belief, &k, &draw).unwrap().second_moment().unwrap()
+        vdm.losses(&belief, &k, &draw)
+            .unwrap()
+            .second_moment()
+            .unwrap()
     };
     let value = || moment(99).to_scalar::<f64>().unwrap();
     let before = value();
@@ -170,9 +186,17 @@ fn the_interior_learns_a_smaller_variance() {
         let grads = diffusion_ops::backward(&moment(step)).unwrap();
         for var in &inner {
             let grad = grads.get(var.as_tensor()).unwrap();
-            let size = grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+            let size = grad
+                .sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .to_scalar::<f64>()
+                .unwrap()
+                .sqrt();
             let step = grad.affine(-0.2 / size.max(1e-12), 0.0).unwrap();
-            var.set(&(var.as_tensor() + step).unwrap().detach()).unwrap();
+            var.set(&(var.as_tensor() + step).unwrap().detach())
+                .unwrap();
         }
     }
     let after = value();

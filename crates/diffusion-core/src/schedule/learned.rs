@@ -117,7 +117,10 @@ impl MonotoneGamma {
         let features = self.l2_bias.dim(0)? as f64;
         let (w1, w2) = (self.l1_kernel.abs()?, self.l2_kernel.abs()?);
         let w3 = self.l3_kernel.abs()?.affine(1.0 / features, 0.0)?;
-        let u = t.affine(2.0, -1.0)?.matmul(&w2)?.broadcast_add(&self.l2_bias)?;
+        let u = t
+            .affine(2.0, -1.0)?
+            .matmul(&w2)?
+            .broadcast_add(&self.l2_bias)?;
         // 2 sigmoid(u) − 1, without overflow at either end.
         let h = u.affine(0.5, 0.0)?.tanh()?;
         let gamma = (t.matmul(&w1)?.broadcast_add(&self.l1_bias)? + h.matmul(&w3)?)?;
@@ -269,8 +272,14 @@ mod tests {
     fn all() -> Vec<Box<dyn LearnedSchedule>> {
         let one = |v: f64| Tensor::new(&[v], &Device::Cpu).unwrap();
         vec![
-            Box::new(LinearGamma { min: -7.0, max: 5.0 }),
-            Box::new(ScalarGamma { w: one(-12.0), b: one(-7.0) }),
+            Box::new(LinearGamma {
+                min: -7.0,
+                max: 5.0,
+            }),
+            Box::new(ScalarGamma {
+                w: one(-12.0),
+                b: one(-7.0),
+            }),
             Box::new(monotone(false)),
             Box::new(monotone(true)),
         ]
@@ -287,7 +296,10 @@ mod tests {
             let frozen = schedule.freeze().unwrap();
             for ((t, g), s) in times.iter().zip(&gamma).zip(&slope) {
                 let ours = frozen.gamma(*t);
-                assert!((ours.0 - g).abs() < 1e-11 && (ours.1 - s).abs() < 1e-10, "{i} at {t}");
+                assert!(
+                    (ours.0 - g).abs() < 1e-11 && (ours.1 - s).abs() < 1e-10,
+                    "{i} at {t}"
+                );
                 let h = 1e-6;
                 let quotient = (frozen.gamma(t + h).0 - frozen.gamma(t - h).0) / (2.0 * h);
                 assert!((quotient - s).abs() < 1e-6 * s.abs(), "{i} at {t}");
@@ -323,7 +335,10 @@ mod tests {
             ends: Some((whole.l1_bias.clone(), e.clone())),
             ..whole.clone()
         };
-        let (k, e) = (&whole.l2_kernel, Tensor::new(&[4.0f64], &Device::Cpu).unwrap());
+        let (k, e) = (
+            &whole.l2_kernel,
+            Tensor::new(&[4.0f64], &Device::Cpu).unwrap(),
+        );
         assert!(gradcheck(k, |k| of(&kernel(k))).unwrap() < 1e-6);
         assert!(gradcheck(&e, |e| of(&end(e))).unwrap() < 1e-6);
         let slope = |f: &dyn Fn(&Tensor) -> Result<Tensor>, x: &Tensor| {

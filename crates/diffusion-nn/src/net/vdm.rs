@@ -9,8 +9,8 @@ use crate::mode::Mode;
 use crate::net::check::{positive, probability};
 use crate::store::Scope;
 use candle_core::{D, Tensor};
-use diffusion_ops::{Activation, add};
 use diffusion_ops::init::Init;
+use diffusion_ops::{Activation, add};
 use serde::{Deserialize, Serialize};
 
 /// ε of flax's group normalisation.
@@ -66,7 +66,12 @@ struct Dense {
 }
 
 impl Dense {
-    fn new(scope: &Scope, (inputs, outputs): (usize, usize), init: Init, bias: bool) -> Result<Self> {
+    fn new(
+        scope: &Scope,
+        (inputs, outputs): (usize, usize),
+        init: Init,
+        bias: bool,
+    ) -> Result<Self> {
         Ok(Self {
             kernel: scope.param("kernel", (inputs, outputs), init)?,
             bias: bias
@@ -98,7 +103,14 @@ impl Conv {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let weight = self.kernel.permute((3, 2, 0, 1))?.contiguous()?;
-        Ok(diffusion_ops::conv2d(x, &weight, Some(&self.bias), 1, 1, 1)?)
+        Ok(diffusion_ops::conv2d(
+            x,
+            &weight,
+            Some(&self.bias),
+            1,
+            1,
+            1,
+        )?)
     }
 }
 
@@ -178,10 +190,16 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, cond: &Tensor, mode: Mode) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward(x, Some(Activation::Silu))?)?;
+        let h = self
+            .conv1
+            .forward(&self.norm1.forward(x, Some(Activation::Silu))?)?;
         let shift = self.cond.forward(cond)?.unsqueeze(2)?.unsqueeze(3)?;
-        let h = self.norm2.forward(&h.broadcast_add(&shift)?, Some(Activation::Silu))?;
-        let h = self.conv2.forward(&mode.dropout(h, self.dropout, self.stream)?)?;
+        let h = self
+            .norm2
+            .forward(&h.broadcast_add(&shift)?, Some(Activation::Silu))?;
+        let h = self
+            .conv2
+            .forward(&mode.dropout(h, self.dropout, self.stream)?)?;
         let x = match &self.shortcut {
             Some(dense) => on_pixels(x, |tokens| dense.forward(tokens))?,
             None => x.clone(),
@@ -273,7 +291,11 @@ impl VdmNet {
     /// taken.
     pub fn new(config: &VdmConfig, scope: &Scope) -> Result<Self> {
         let c = config;
-        positive(&[("channels", c.channels), ("n_embd", c.n_embd), ("groups", c.groups)])?;
+        positive(&[
+            ("channels", c.channels),
+            ("n_embd", c.n_embd),
+            ("groups", c.groups),
+        ])?;
         probability("dropout", c.dropout)?;
         if !(c.gamma_max - c.gamma_min > 0.0 && c.n_embd > 3) {
             return Err(Error::config(
@@ -371,7 +393,11 @@ impl VdmNet {
             h = stage.forward(&diffusion_ops::concat(&h, skip, 1)?, &cond, mode)?;
         }
         let h = self.norm.forward(&h, Some(Activation::Silu))?;
-        let said = self.conv_out.forward(&h)?.permute((0, 2, 3, 1))?.contiguous()?;
+        let said = self
+            .conv_out
+            .forward(&h)?
+            .permute((0, 2, 3, 1))?
+            .contiguous()?;
         Ok(add(&said, z)?)
     }
 
@@ -388,7 +414,10 @@ impl VdmNet {
             .map(|n| z.affine(std::f64::consts::TAU * 2f64.powi(*n as i32), 0.0))
             .collect::<candle_core::Result<_>>()?;
         let angles = Tensor::stack(&angles, 4)?.flatten_from(3)?;
-        Ok(Tensor::cat(&[z, &angles.sin()?, &angles.cos()?], D::Minus1)?)
+        Ok(Tensor::cat(
+            &[z, &angles.sin()?, &angles.cos()?],
+            D::Minus1,
+        )?)
     }
 }
 
@@ -430,14 +459,25 @@ mod tests {
         for (i, var) in store.named().values().enumerate() {
             let key = Key::new(9, stream::TEST).item(i as u64);
             let fresh = key.normal(var.elem_count());
-            var.set(&Tensor::from_vec(fresh, var.shape(), &Device::Cpu).unwrap()).unwrap();
+            var.set(&Tensor::from_vec(fresh, var.shape(), &Device::Cpu).unwrap())
+                .unwrap();
         }
         let grads = diffusion_ops::backward(&run().sqr().unwrap().sum_all().unwrap()).unwrap();
         for (name, var) in store.named() {
             let grad = grads.get(var.as_tensor());
-            let size = grad.map(|g| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap());
+            let size = grad.map(|g| {
+                g.sqr()
+                    .unwrap()
+                    .sum_all()
+                    .unwrap()
+                    .to_scalar::<f64>()
+                    .unwrap()
+            });
             // What is added to all keys alike does not change a softmax.
-            assert!(size.is_some_and(|s| s > 0.0) || name.ends_with("k.bias"), "{name}: {size:?}");
+            assert!(
+                size.is_some_and(|s| s > 0.0) || name.ends_with("k.bias"),
+                "{name}: {size:?}"
+            );
         }
     }
 
@@ -462,7 +502,10 @@ mod tests {
             (-tau * 0.8).sin(),
             (tau * 0.2).cos(),
         ];
-        assert!(f.iter().zip(exact).all(|(a, b)| (a - b).abs() < 1e-12), "{f:?}");
+        assert!(
+            f.iter().zip(exact).all(|(a, b)| (a - b).abs() < 1e-12),
+            "{f:?}"
+        );
     }
 
     #[test]
@@ -470,8 +513,14 @@ mod tests {
         let store = Store::new(3, DType::F64, &Device::Cpu);
         let fresh = || Store::new(3, DType::F64, &Device::Cpu).root();
         let wrong = |c: VdmConfig| VdmNet::new(&c, &fresh()).is_err();
-        assert!(wrong(VdmConfig { groups: 3, ..config() }));
-        let equal = VdmConfig { gamma_max: -13.3, ..config() };
+        assert!(wrong(VdmConfig {
+            groups: 3,
+            ..config()
+        }));
+        let equal = VdmConfig {
+            gamma_max: -13.3,
+            ..config()
+        };
         assert!(wrong(equal));
         let net = VdmNet::new(&config(), &store.root().sub("y")).unwrap();
         let (z, gamma, condition) = input();

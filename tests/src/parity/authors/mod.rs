@@ -6,6 +6,7 @@
 pub mod analytic;
 pub mod gaussian;
 pub mod networks;
+pub mod vdm;
 
 use super::compare::Check;
 use super::fixture::Fixture;
@@ -23,6 +24,7 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("openai", "single_steps", gaussian::single_steps),
     ("openai", "calc_bpd_loop", gaussian::bound),
     ("analytic_dpm", "reverse_", analytic::run),
+    ("vdm", "vdm_", vdm::run),
     ("openai", "sample_loop", gaussian::sample_loop),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
