@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`unet2d`] | `UNet2DModel` | diffusers |
 //! | [`guided_unet`] | `UNetModel`, `EncoderUNetModel`, `SuperResModel` | improved- and guided-diffusion |
+//! | [`dequantiser`] | coupling flow for variational dequantisation | – |
 //! | [`vdm`] | `ScoreUNet` | VDM |
 
 mod check;
@@ -15,3 +16,5 @@ pub mod guided_unet;
 pub mod unet2d;
 /// The score network of VDM.
 pub mod vdm;
+/// A flow for variational dequantisation.
+pub mod dequantiser;
