@@ -25,6 +25,7 @@ const SECTIONS: &[(&str, usize)] = &[
     ("F3", 10),
     ("F4", 9),
     ("F5", 5),
+    ("F7", 24),
 ];
 
 /// A row of one of the tables.

@@ -191,5 +191,5 @@ impl Vdm<'_> {
 }
 
 #[cfg(test)]
-#[path = "vdm_tests.rs"]
+#[path = "tests/vdm.rs"]
 mod tests;

@@ -98,10 +98,8 @@ impl Chain {
         // The posterior of the last step is a point. Its logarithm is taken from the next step;
         // a chain of a single step has only β to fall back on.
         let next = hops.get(1).map(|h| h.log_small);
-        if let Some(first) = hops.first_mut() {
-            if first.into_data() {
-                first.log_small = next.unwrap_or(first.log_beta);
-            }
+        if let Some(first) = hops.first_mut().filter(|h| h.into_data()) {
+            first.log_small = next.unwrap_or(first.log_beta);
         }
         Ok(Self { hops })
     }

@@ -198,7 +198,7 @@ impl Frozen {
             bumps,
         };
         let (low, high) = (ours.gamma(0.0).0, ours.gamma(1.0).0);
-        if !(high > low) {
+        if high.is_nan() || high <= low {
             return Err(Report::new("gamma", format!("{low} at 0, {high} at 1"))
                 .expected("numbers that rise")
                 .remedy("begin with gamma_min = -13.3 and gamma_max = 5")

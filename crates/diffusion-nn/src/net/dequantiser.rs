@@ -69,7 +69,11 @@ impl DequantiserFlow {
             layers,
             hidden,
         } = config;
-        let fields = [("channels", channels), ("layers", layers), ("hidden", hidden)];
+        let fields = [
+            ("channels", channels),
+            ("layers", layers),
+            ("hidden", hidden),
+        ];
         positive(&fields)?;
         positive(&[("levels - 1", levels.saturating_sub(1))])?;
         let layer = |i: usize| -> Result<Coupling> {
@@ -215,7 +219,8 @@ mod tests {
         };
         let flow = DequantiserFlow::new(config, &store.root()).unwrap();
         for (i, var) in store.named().values().enumerate() {
-            var.set(&(normal(i as u64, var.dims()) * 0.5).unwrap()).unwrap();
+            var.set(&(normal(i as u64, var.dims()) * 0.5).unwrap())
+                .unwrap();
         }
         (store, flow)
     }
@@ -228,7 +233,10 @@ mod tests {
     fn the_density_of_a_draw_is_the_density_of_its_noise() {
         let (store, flow) = flow();
         let k = Tensor::new(&[0.0, 3.0, 1.0, 2.0f64], &Device::Cpu).unwrap();
-        let k = Tensor::stack(&[&k, &k], 0).unwrap().reshape((2, 1, 2, 2)).unwrap();
+        let k = Tensor::stack(&[&k, &k], 0)
+            .unwrap()
+            .reshape((2, 1, 2, 2))
+            .unwrap();
         let (u, log_q) = flow.draw(&k, &normal(70, &[2, 1, 2, 2])).unwrap();
         assert!(values(&u).iter().all(|u| (0.0..1.0).contains(u)));
         let again = flow.log_prob(&k, &u).unwrap();
@@ -246,10 +254,14 @@ mod tests {
     fn integrates_to_one() {
         let (_, flow) = flow();
         let n = 40_000;
-        let grid: Vec<f64> = (0..n).map(|i| (f64::from(i) + 0.5) / f64::from(n)).collect();
+        let grid: Vec<f64> = (0..n)
+            .map(|i| (f64::from(i) + 0.5) / f64::from(n))
+            .collect();
         let u = Tensor::from_vec(grid, (n as usize, 1, 1, 1), &Device::Cpu).unwrap();
         let k = u.affine(0.0, 2.0).unwrap();
-        let total: f64 = values(&flow.log_prob(&k, &u).unwrap().exp().unwrap()).iter().sum();
+        let total: f64 = values(&flow.log_prob(&k, &u).unwrap().exp().unwrap())
+            .iter()
+            .sum();
         assert!((total / f64::from(n) - 1.0).abs() < 1e-3, "{total}");
     }
 }

@@ -10,11 +10,11 @@
 mod check;
 mod input;
 
+/// A flow for variational dequantisation.
+pub mod dequantiser;
 /// The U-Nets of improved-diffusion and guided-diffusion.
 pub mod guided_unet;
 /// The two-dimensional U-Net of `diffusers`' `UNet2DModel`.
 pub mod unet2d;
 /// The score network of VDM.
 pub mod vdm;
-/// A flow for variational dequantisation.
-pub mod dequantiser;

@@ -6,6 +6,7 @@
 pub mod analytic;
 pub mod gaussian;
 pub mod networks;
+pub mod sampling;
 pub mod vdm;
 
 use super::compare::Check;
@@ -21,11 +22,11 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("openai", "respacing", gaussian::respacing),
     ("openai", "p_mean_variance", gaussian::p_mean_variance),
     ("openai", "training_losses", gaussian::training_losses),
-    ("openai", "single_steps", gaussian::single_steps),
-    ("openai", "calc_bpd_loop", gaussian::bound),
+    ("openai", "single_steps", sampling::single_steps),
+    ("openai", "calc_bpd_loop", sampling::bound),
     ("analytic_dpm", "reverse_", analytic::run),
     ("vdm", "vdm_", vdm::run),
-    ("openai", "sample_loop", gaussian::sample_loop),
+    ("openai", "sample_loop", sampling::sample_loop),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
     ("openai", "guided_superres", networks::super_resolution),
