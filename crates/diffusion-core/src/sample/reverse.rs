@@ -11,6 +11,7 @@ use crate::predict::Prediction;
 use crate::schedule::{Point, Table};
 use crate::tensor::{At, Coef, combine, per_item};
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// Below this a posterior variance counts as this: the logarithm of zero is none.
 const SMALLEST: f64 = 1e-20;
@@ -172,7 +173,8 @@ impl Chain {
 }
 
 /// Where the mean of the reverse step comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Mean {
     /// The posterior's mean with the predicted `x₀`, clipped or not.
     #[default]

@@ -200,14 +200,17 @@ impl<'a> Reading<'a> {
         })
     }
 
+    pub(super) fn mean(&self) -> Mean {
+        match self.mean {
+            "PREVIOUS_X" => Mean::Network,
+            _ => Mean::Posterior,
+        }
+    }
+
     pub(super) fn vlb(&self, chain: Chain, clip: bool) -> Result<Vlb> {
         let decoder = Decoder::DiscretisedTanh { levels: 256 };
         Ok(Vlb {
-            mean: if self.mean == "PREVIOUS_X" {
-                Mean::Network
-            } else {
-                Mean::Posterior
-            },
+            mean: self.mean(),
             clip: clipping(clip),
             ..Vlb::new(chain, self.variance()?, decoder)
         })

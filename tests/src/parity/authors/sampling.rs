@@ -14,7 +14,7 @@ use diffusion_core::predict::Prediction;
 use diffusion_core::sample::{
     Ancestral, Chain, Ctx, Ddim, Direction, MeanGuided, Planned, Step, sample,
 };
-use diffusion_core::schedule::{Point, Respaced};
+use diffusion_core::schedule::{Point, Respaced, Table};
 use diffusion_core::tensor::{At, gradient};
 
 /// One step of each sampler an example, with and without a classifier.
@@ -60,6 +60,7 @@ pub fn single_steps(fixture: &Fixture, check: &mut Check) -> Result<()> {
                 let shifted = MeanGuided {
                     chain: chain.clone(),
                     variance: reading.variance()?,
+                    mean: reading.mean(),
                     log_prob,
                     scale,
                 };
@@ -76,6 +77,7 @@ pub fn single_steps(fixture: &Fixture, check: &mut Check) -> Result<()> {
                 Ok(match name.as_str() {
                     "p_sample" => Ancestral {
                         variance: reading.variance()?,
+                        mean: reading.mean(),
                         ..Ancestral::default()
                     }
                     .step(&x, &from, &to, &mut plain, &mut ())?,
@@ -138,15 +140,24 @@ fn network(
     })
 }
 
+/// The steps of the run: those of the whole table, or those that the rule keeps.
+fn kept(fixture: &Fixture, table: &Table) -> Result<Respaced> {
+    let rule = match text(fixture, "timestep_respacing") {
+        None | Some("") => table.betas().len().to_string(),
+        Some(rule) => rule.to_string(),
+    };
+    Ok(Respaced::new(table, &rule)?)
+}
+
 /// `calc_bpd_loop`.
 ///
 /// # Errors
 /// Anything that goes wrong.
 pub fn bound(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let table = configured_table(fixture)?;
-    let chain = Chain::of_table(&table)?;
+    let chain = Chain::new(&kept(fixture, &table)?.points())?;
     let reading = Reading::of(fixture);
-    let net = reading.denoiser(&chain, network(fixture, chain.len())?)?;
+    let net = reading.denoiser(&chain, network(fixture, table.betas().len())?)?;
     let (x0, draws) = (fixture.input("x_start")?, fixture.input("noise")?);
     for (clip, label) in [(true, "clip"), (false, "noclip")] {
         if !fixture.outputs.contains_key(&format!("vb.{label}")) {
@@ -176,11 +187,7 @@ pub fn bound(fixture: &Fixture, check: &mut Check) -> Result<()> {
 /// Anything that goes wrong.
 pub fn sample_loop(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let table = configured_table(fixture)?;
-    let rule = match text(fixture, "timestep_respacing") {
-        None | Some("") => table.betas().len().to_string(),
-        Some(rule) => rule.to_string(),
-    };
-    let points = Respaced::new(&table, &rule)?.points();
+    let points = kept(fixture, &table)?.points();
     let reading = Reading::of(fixture);
     let inner = reading.denoiser(
         &Chain::new(&points)?,
@@ -199,6 +206,7 @@ pub fn sample_loop(fixture: &Fixture, check: &mut Check) -> Result<()> {
         "p_sample_loop" => {
             let step = Ancestral {
                 variance: reading.variance()?,
+                mean: reading.mean(),
                 ..Ancestral::default()
             };
             sample(&Planned::new(step, &points), &net, x, &mut noise, items)?

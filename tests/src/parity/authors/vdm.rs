@@ -4,9 +4,9 @@ use super::super::compare::Check;
 use super::super::fixture::{Fixture, values};
 use super::super::unsupported;
 use anyhow::{Context, Result};
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion_core::denoiser::{Call, from_fn};
-use diffusion_core::likelihood::decoder::categorical;
+use diffusion_core::likelihood::decoder::most_probable;
 use diffusion_core::loss::vdm::{Vdm, VdmDraw, even_times};
 use diffusion_core::noise::RecordedNoise;
 use diffusion_core::predict::{Kind, Prediction};
@@ -86,7 +86,7 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let first = frozen.at(0.0);
     let gamma0 = Tensor::new(&[-first.log_snr()], &Device::Cpu)?.to_dtype(DType::F32)?;
     let clean = (z / first.alpha)?;
-    let generated = categorical(&clean, &gamma0, levels)?.argmax(D::Minus1)?;
+    let generated = most_probable(&clean, &gamma0, levels)?;
     check.stored(out, "generated", &generated.to_dtype(DType::F32)?)
 }
 
