@@ -57,6 +57,7 @@ pub mod report;
 pub mod sample;
 pub mod schedule;
 pub mod sde;
+pub mod search;
 pub mod tensor;
 pub mod train;
 

@@ -27,6 +27,11 @@ pub use network::{Network, TimeCode};
 pub use precondition::{Preconditioned, Preconditioner, Scalings};
 pub use ve_precond::VePrecond;
 pub use vp_precond::VpPrecond;
+pub mod learned_variance;
+pub mod previous;
+
+pub use learned_variance::LearnedVariance;
+pub use previous::PreviousX;
 
 use crate::error::Result;
 use crate::noise::Noise;

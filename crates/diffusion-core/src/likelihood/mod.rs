@@ -2,17 +2,29 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | [`gaussian`] | divergences and densities of diagonal Gaussians |
+//! | [`decoder`] | `p(x₀ | x₁)` over grey levels, or as a density |
+//! | [`vlb`] | the variational bound, term by term |
+//! | [`importance`] | the importance-weighted bound |
+//! | [`dequantise`] | from densities to probabilities of grey levels |
 //! | [`divergence`] | `div s`, exactly or by random probes |
 //! | [`ode`] | `log p` by the probability flow |
 //! | [`score_flow`] | the bound of score-based SDEs, with the truncation at the end of the process |
 
+pub mod decoder;
+pub mod dequantise;
 pub mod divergence;
+pub mod gaussian;
+pub mod importance;
 pub mod ode;
 pub mod score_flow;
+pub mod vlb;
 
+pub use decoder::Decoder;
 pub use divergence::{Divergence, Probe};
 pub use ode::{OdeLikelihood, OdeSolution};
 pub use score_flow::ScoreFlow;
+pub use vlb::{Bound, Vlb};
 
 use crate::error::Result;
 use candle_core::{DType, Tensor};
@@ -31,11 +43,11 @@ pub fn normal_log_density(x: &Tensor, std: f64) -> Result<Tensor> {
     Ok(x.sqr()?.sum(1)?.affine(-0.5 / (std * std), constant)?)
 }
 
-/// Bits per dimension from nats: `−log p/(D ln 2) + offset`.
+/// Nats of a whole item as bits per dimension: `nats/(D ln 2)`.
 ///
-/// `log_density` is that of the scaled data; [`bits_offset`] says what the scaling costs.
-pub fn bits_per_dim(log_density: f64, dims: usize, offset: f64) -> f64 {
-    -log_density / (dims as f64 * std::f64::consts::LN_2) + offset
+/// For a density of scaled data add [`bits_offset`], what the scaling costs.
+pub fn bits_per_dim(nats: f64, dims: usize) -> f64 {
+    nats / (dims as f64 * std::f64::consts::LN_2)
 }
 
 /// What the scaling of `levels` grey levels to an interval costs in bits per dimension,
@@ -73,7 +85,7 @@ mod tests {
     fn bits_do_not_depend_on_the_scaling() {
         for (levels, width) in [(256usize, 2.0f64), (256, 1.0), (16, 2.0)] {
             let density = 3.0 * -width.ln();
-            let bits = bits_per_dim(density, 3, bits_offset(levels, width));
+            let bits = bits_per_dim(-density, 3) + bits_offset(levels, width);
             assert!((bits - (levels as f64).log2()).abs() < 1e-12);
         }
         assert_eq!((bits_offset(256, 2.0), bits_offset(256, 1.0)), (7.0, 8.0));

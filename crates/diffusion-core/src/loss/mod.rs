@@ -1,6 +1,7 @@
 //! Objectives: which noise levels are trained, and how much each counts.
 //!
-//! Every loss here is a weighted mean squared error,
+//! [`Hybrid`] adds the variational bound for a learned variance, and [`SecondMoment`] draws the
+//! steps that need it most; [`Vdm`] is the bound with a learned schedule. Every other loss here is a weighted mean squared error,
 //!
 //! ```text
 //! L = E_{t, x₀, ε} [ w(t) ‖ŷ(x_t, t) − y‖² / D ],   x_t = α_t x₀ + σ_t ε
@@ -12,10 +13,16 @@
 
 mod denoising;
 pub mod high_order;
+mod hybrid;
+mod resample;
 mod time;
+pub mod vdm;
 mod weight;
 
 pub use denoising::Denoising;
 pub use high_order::{HighOrder, Orders};
+pub use hybrid::{Hybrid, HybridLoss, HybridLosses};
+pub use resample::SecondMoment;
 pub use time::TimeLaw;
+pub use vdm::{Vdm, VdmDraw, VdmLosses};
 pub use weight::Weight;

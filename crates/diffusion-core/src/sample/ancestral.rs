@@ -1,7 +1,8 @@
 //! DDPM's ancestral sampling (Ho, Jain and Abbeel 2020, algorithm 2).
 
+use super::reverse::{Hop, Mean, log_variance};
 use super::{Ctx, Order, Step};
-use crate::error::{Report, Result};
+use crate::error::Result;
 use crate::forward::{posterior, transition};
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
@@ -23,6 +24,29 @@ pub enum Variance {
     /// `exp(½(v+1) ln β + ½(1−v) ln β̃)` with `v` from the network (Nichol and Dhariwal 2021,
     /// eq. 15).
     LearnedRange,
+    /// The network says the log-variance itself, in the place of its mixing weight.
+    Learned,
+    /// The network says `E[ε² | x_t]` in the place of its mixing weight; the variance is then
+    /// optimal in every dimension (Bao et al. 2022, Extended-Analytic-DPM).
+    ///
+    /// ```text
+    /// Σ = β̃ + c_{x0}² clamp( (σ²/α²)(E[ε²] − ε̂²), 0, 1 )
+    /// ```
+    NoiseMoment,
+}
+
+impl Variance {
+    /// The name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FixedSmall => "fixed_small",
+            Self::FixedSmallLog => "fixed_small_log",
+            Self::FixedLarge => "fixed_large",
+            Self::LearnedRange => "learned_range",
+            Self::Learned => "learned",
+            Self::NoiseMoment => "noise_moment",
+        }
+    }
 }
 
 /// The ancestral sampler.
@@ -37,6 +61,8 @@ pub enum Variance {
 pub struct Ancestral {
     /// The variance of a step.
     pub variance: Variance,
+    /// Where the mean of a step comes from.
+    pub mean: Mean,
     /// Add noise even to the data when the last step does not start from index 0. Diffusers does;
     /// with [`Variance::FixedLarge`] on a coarse grid the result is then visibly noisy.
     pub noise_into_data: bool,
@@ -59,7 +85,10 @@ impl Step for Ancestral {
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
         let p = posterior(from, to);
-        let x0 = said.x0(x, At::All(*from))?;
+        let x0 = match self.mean {
+            Mean::Posterior => said.x0(x, At::All(*from))?,
+            Mean::Network => said.raw_x0(x, At::All(*from))?,
+        };
         let into_data = to.sigma == 0.0;
         if into_data && !(self.noise_into_data && from.t > 0.0) {
             return lincomb(p.x, x, p.x0, &x0);
@@ -69,19 +98,9 @@ impl Step for Ancestral {
         let variance = match self.variance {
             Variance::FixedSmall | Variance::FixedSmallLog => small,
             Variance::FixedLarge => beta,
-            Variance::LearnedRange => {
-                let Some(v) = &said.var_mix else {
-                    return Err(Report::new(
-                        "variance",
-                        "learned_range, but the network predicts no variance",
-                    )
-                    .expected("a network with twice the output channels")
-                    .remedy("use fixed_small or fixed_large")
-                    .config());
-                };
-                let (high, low) = (beta.ln(), small.ln());
-                // ½ of the log-variance, to get the deviation.
-                let std = v.affine(0.25 * (high - low), 0.25 * (high + low))?.exp()?;
+            Variance::LearnedRange | Variance::Learned | Variance::NoiseMoment => {
+                let hops = vec![Hop::between(from, to); x.dim(0)?];
+                let std = (log_variance(&said, x, &hops, self.variance)? * 0.5)?.exp()?;
                 let mean = lincomb(p.x, x, p.x0, &x0)?;
                 return Ok((mean + (std * ctx.noise.normal(x)?)?)?);
             }
@@ -145,6 +164,32 @@ mod tests {
             let exact = p.x * x + (p.variance * beta).powf(0.25) * z;
             assert!((y - exact).abs() < 1e-12, "{y} {exact}");
         }
+    }
+
+    /// A clip moves the mean that follows from `x₀`, and not the one that the network predicts.
+    #[test]
+    fn a_predicted_mean_is_not_clipped() {
+        let (from, to) = (Point::from_log_snr(3.0, 1.0), Point::data(-1.0));
+        let model = from_fn(|x: &Tensor, _, _| {
+            Ok(Prediction {
+                x0: Some(x.zeros_like()?),
+                ..Prediction::new(Kind::X0, x.affine(2.0, 0.0)?)
+            })
+        });
+        let x = Tensor::new(&[[0.75f64]], &Device::Cpu).unwrap();
+        let run = |mean| {
+            let mut noise = CounterNoise::new(1, 0..1);
+            let mut ctx = Ctx::new(&model, &mut noise, 0..1);
+            let sampler = Ancestral {
+                mean,
+                ..Ancestral::default()
+            };
+            let y = sampler.step(&x, &from, &to, &mut ctx, &mut ()).unwrap();
+            y.to_vec2::<f64>().unwrap()[0][0]
+        };
+        // The last step goes to the predicted data themselves.
+        assert!(run(Mean::Posterior).abs() < 1e-12);
+        assert!((run(Mean::Network) - 1.5).abs() < 1e-12);
     }
 
     #[test]

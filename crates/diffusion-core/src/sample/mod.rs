@@ -7,6 +7,9 @@
 //! | file | method | order |
 //! |---|---|---|
 //! | [`ancestral`] | DDPM | stochastic |
+//! | [`analytic`] | Analytic-DPM, any η | stochastic |
+//! | [`mean_guided`] | DDPM with a classifier on the mean | stochastic |
+//! | [`reverse`] | the law of a reverse step, for samplers and bounds | |
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
@@ -32,6 +35,7 @@
 //! | [`inpaint`] | a constraint that pastes what is known | |
 
 pub mod adaptive_sde;
+pub mod analytic;
 pub mod ancestral;
 pub mod ancestral_score;
 pub mod churn;
@@ -52,6 +56,7 @@ pub mod heun;
 pub mod inpaint;
 pub mod kdpm2;
 pub mod langevin;
+pub mod mean_guided;
 pub mod ode;
 mod plan;
 pub mod pndm;
@@ -62,6 +67,9 @@ pub mod tcd;
 pub mod unipc;
 
 pub use adaptive_sde::AdaptiveSde;
+pub mod reverse;
+
+pub use analytic::{Analytic, Bounds, noise_moments};
 pub use ancestral::{Ancestral, Variance};
 pub use ancestral_score::AncestralScore;
 pub use churn::{Churn, ChurnOrder};
@@ -82,10 +90,12 @@ pub use heun::Heun;
 pub use inpaint::Inpaint;
 pub use kdpm2::{Kdpm2, kdpm2_points};
 pub use langevin::{Langevin, Norms, StepSize};
+pub use mean_guided::MeanGuided;
 pub use ode::{Finish, FlowOde};
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use pndm::{Ipndm, Pndm, Start};
 pub use registry::{Named, SAMPLERS, names};
+pub use reverse::{Chain, Hop, Mean, Reverse};
 pub use reverse_diffusion::ReverseDiffusion;
 pub use sa_solver::{SaSolver, Tau};
 pub use tcd::Tcd;

@@ -13,6 +13,8 @@
 //! | file | process |
 //! |---|---|
 //! | [`table`] | a table of T steps: [`linear`], scaled linear, [`cosine`], [`sigmoid`], custom betas |
+//! | [`learned`] | VDM's γ(t): linear, scalar, a monotone network |
+//! | [`respaced`] | fewer steps of a trained table |
 //! | [`vp`], [`sub_vp`], [`ve`] | the three SDEs of Song et al. 2021 |
 //! | [`edm`] | `α = 1, σ = t` of Karras et al. 2022 |
 //! | [`designed`] | `σ̂(t)` and `α(t)` chosen apart (Karras et al. 2022, table 1) |
@@ -20,7 +22,9 @@
 pub mod cosine;
 pub mod designed;
 pub mod edm;
+pub mod learned;
 pub mod linear;
+pub mod respaced;
 pub mod sigmoid;
 pub mod sub_vp;
 pub mod table;
@@ -29,6 +33,8 @@ pub mod vp;
 
 pub use designed::{Designed, NoiseLaw, Scaling};
 pub use edm::Edm;
+pub use learned::{Frozen, LearnedSchedule, LinearGamma, MonotoneGamma, ScalarGamma};
+pub use respaced::Respaced;
 pub use sub_vp::SubVp;
 pub use table::{BetaSchedule, Table};
 pub use ve::Ve;

@@ -13,7 +13,11 @@ mod score_losses;
 mod score_samplers;
 mod score_sde;
 
+pub mod analytic;
+pub mod gaussian;
 pub mod networks;
+pub mod sampling;
+pub mod vdm;
 
 use super::compare::Check;
 use super::fixture::Fixture;
@@ -39,6 +43,17 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("edm", "precond", networks::edm::preconditioned),
     ("edm", "edm_sampler", networks::edm::sampler),
     ("edm", "losses", networks::edm::losses),
+    ("openai", "schedule_", gaussian::schedule),
+    ("openai", "loss_helpers", gaussian::helpers),
+    ("openai", "loss_second_moment", gaussian::resampler),
+    ("openai", "respacing", gaussian::respacing),
+    ("openai", "p_mean_variance", gaussian::p_mean_variance),
+    ("openai", "training_losses", gaussian::training_losses),
+    ("openai", "single_steps", sampling::single_steps),
+    ("openai", "calc_bpd_loop", sampling::bound),
+    ("analytic_dpm", "reverse_", analytic::run),
+    ("vdm", "vdm_", vdm::run),
+    ("openai", "sample_loop", sampling::sample_loop),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
     ("openai", "guided_superres", networks::super_resolution),

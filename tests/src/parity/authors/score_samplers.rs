@@ -314,7 +314,7 @@ pub(super) fn likelihood(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let bits: Vec<f64> = out
         .log_density
         .iter()
-        .map(|log| bits_per_dim(*log, dims, offset))
+        .map(|log| bits_per_dim(-*log, dims) + offset)
         .collect();
     if let Some(stored) = fixture.outputs.get("bpd") {
         check.values("bpd", &bits, &values(stored)?);
