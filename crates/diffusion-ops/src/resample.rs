@@ -318,10 +318,14 @@ mod tests {
     #[test]
     fn interpolation_is_linear_and_ends_at_the_outer_pixels() -> Result<()> {
         let x = Tensor::new(&[[[[1f64, 3.0, 7.0]]]], &Device::Cpu)?;
-        let y = resize_bilinear2d(&x, 2, 6)?.flatten_all()?.to_vec1::<f64>()?;
+        let y = resize_bilinear2d(&x, 2, 6)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
         let row = [1.0, 1.5, 2.5, 4.0, 6.0, 7.0];
         assert_eq!(y, [row, row].concat());
-        let y = resize_bilinear2d(&x, 1, 2)?.flatten_all()?.to_vec1::<f64>()?;
+        let y = resize_bilinear2d(&x, 1, 2)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
         assert_eq!(y, [1.5, 6.0]);
         Ok(())
     }
