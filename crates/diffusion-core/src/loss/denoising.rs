@@ -49,6 +49,40 @@ impl Denoising {
         points: &[Point],
         call: &mut Call<'_>,
     ) -> Result<Tensor> {
+        let (squares, weights) = self.squares(network, x0, epsilon, points, call)?;
+        weights.times(&mean_per_item(&squares)?)
+    }
+
+    /// The weighted loss of every entry, shaped as `x0`: the terms whose mean over the dimensions is
+    /// [`Denoising::losses`].
+    ///
+    /// ```text
+    /// loss_id = w(t_i) (ŷ_id − y_id)²
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Denoising::losses`].
+    pub fn entries(
+        &self,
+        network: &dyn Denoiser,
+        x0: &Tensor,
+        epsilon: &Tensor,
+        points: &[Point],
+        call: &mut Call<'_>,
+    ) -> Result<Tensor> {
+        let (squares, weights) = self.squares(network, x0, epsilon, points, call)?;
+        weights.times(&squares)
+    }
+
+    /// The squared errors, and the weight of each item.
+    fn squares(
+        &self,
+        network: &dyn Denoiser,
+        x0: &Tensor,
+        epsilon: &Tensor,
+        points: &[Point],
+        call: &mut Call<'_>,
+    ) -> Result<(Tensor, Coef)> {
         let at = At::Each(points);
         let x_t = marginal(x0, epsilon, at)?;
         let said = network.predict(&x_t, at, call)?;
@@ -66,7 +100,7 @@ impl Denoising {
             .remedy("use another weight, or a schedule that does not reach this level")
             .config());
         }
-        Coef::Each(weights).times(&mean_per_item(&error.sqr()?)?)
+        Ok((error.sqr()?, Coef::Each(weights)))
     }
 }
 

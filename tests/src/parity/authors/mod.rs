@@ -27,11 +27,24 @@ const CASES: &[(&str, &str, Runner)] = &[
     ("analytic_dpm", "reverse_", analytic::run),
     ("vdm", "vdm_", vdm::run),
     ("openai", "sample_loop", sampling::sample_loop),
+    ("edm", "songunet", networks::edm::raw),
+    ("edm", "dhariwal_unet", networks::edm::raw),
+    ("edm", "precond", networks::edm::preconditioned),
+    ("edm", "edm_sampler", networks::edm::sampler),
+    ("edm", "losses", networks::edm::losses),
     ("openai", "guided_unet", networks::unet),
     ("openai", "improved_unet", networks::unet),
     ("openai", "guided_superres", networks::super_resolution),
     ("openai", "improved_superres", networks::super_resolution),
     ("openai", "guided_classifier", networks::classifier),
+    ("score_sde", "ddpm", networks::score_sde::network),
+    ("score_sde", "ncsnpp", networks::score_sde::network),
+    (
+        "score_sde",
+        "fir_resampling",
+        networks::score_sde::fir_resampling,
+    ),
+    ("score_sde", "ema", networks::score_sde::ema),
 ];
 
 /// Runs a fixture of the authors' code.
