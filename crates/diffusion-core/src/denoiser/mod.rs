@@ -15,23 +15,22 @@
 pub mod edm;
 pub mod frame;
 mod iddpm_precond;
+pub mod learned_variance;
 pub mod network;
 pub mod precondition;
+pub mod previous;
 mod ve_precond;
 mod vp_precond;
 
 pub use edm::EdmNetwork;
 pub use frame::VpInVe;
 pub use iddpm_precond::IddpmPrecond;
+pub use learned_variance::LearnedVariance;
 pub use network::{Network, TimeCode};
 pub use precondition::{Preconditioned, Preconditioner, Scalings};
+pub use previous::PreviousX;
 pub use ve_precond::VePrecond;
 pub use vp_precond::VpPrecond;
-pub mod learned_variance;
-pub mod previous;
-
-pub use learned_variance::LearnedVariance;
-pub use previous::PreviousX;
 
 use crate::error::Result;
 use crate::noise::Noise;
