@@ -313,7 +313,7 @@ fn resnet_block(batch: usize, backward: bool) -> Result<Bound> {
         temb_channels: Some(256),
         ..ResnetBlock2DConfig::new(64, 64)
     };
-    let mut block = ResnetBlock2D::new(&store.root(), config)?;
+    let mut block = ResnetBlock2D::new(&store.root(), config.clone())?;
     let mut arguments = vec![
         ("x".to_owned(), normal(1, &[batch, 64, 32, 32])?),
         ("temb".to_owned(), normal(2, &[batch, 256])?),

@@ -45,6 +45,7 @@ pub mod forward;
 pub mod grid;
 pub mod guide;
 pub mod interop;
+pub mod likelihood;
 pub mod limits;
 pub mod loss;
 pub mod noise;
@@ -55,6 +56,7 @@ pub mod report;
 pub mod sample;
 pub mod schedule;
 pub mod sde;
+pub mod search;
 pub mod tensor;
 pub mod train;
 

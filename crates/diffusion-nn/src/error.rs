@@ -76,6 +76,8 @@ pub struct WeightReport {
     pub mismatched: Vec<Mismatch>,
     /// Tensors that hold a NaN or an infinity.
     pub non_finite: Vec<String>,
+    /// Constants that are not those of the configuration.
+    pub differing: Vec<String>,
 }
 
 impl WeightReport {
@@ -100,6 +102,7 @@ impl fmt::Display for WeightReport {
             ("missing", &self.missing),
             ("unexpected", &self.unexpected),
             ("with a NaN or an infinity", &self.non_finite),
+            ("with other constants", &self.differing),
         ] {
             if !names.is_empty() {
                 write!(f, " {} {what} ({});", names.len(), names.join(", "))?;

@@ -29,6 +29,8 @@ enum Kind {
         seed: u64,
         params: BTreeMap<String, Var>,
         buffers: BTreeMap<String, Var>,
+        /// The buffers whose values follow from the configuration.
+        constants: BTreeSet<String>,
     },
     /// Given values, detached.
     Given {
@@ -56,6 +58,7 @@ impl Store {
             seed,
             params: BTreeMap::new(),
             buffers: BTreeMap::new(),
+            constants: BTreeSet::new(),
         };
         Self::with(kind, dtype, device)
     }
@@ -169,12 +172,21 @@ impl Store {
     /// [`Error::Weights`] with all missing, unexpected, mismatched and non-finite tensors.
     pub fn load(&self, weights: &BTreeMap<String, Tensor>, strictness: Strictness) -> Result<()> {
         let ours = self.all();
+        let constants = match &*self.lock() {
+            Kind::Fresh { constants, .. } => constants.clone(),
+            Kind::Given { .. } => BTreeSet::new(),
+        };
         let mut report = WeightReport::default();
         let mut values = Vec::new();
         for (name, var) in &ours {
             match weights.get(name) {
                 Some(value) => {
                     let converted = self.convert(name, value, var.shape(), &mut report)?;
+                    if let (true, Some(value)) = (constants.contains(name), &converted)
+                        && !alike(value, var.as_tensor())?
+                    {
+                        report.differing.push(name.clone());
+                    }
                     values.extend(converted.map(|value| (var, value)));
                 }
                 None if strictness == Strictness::IgnoreMissing => {}
@@ -233,6 +245,7 @@ impl Store {
                 seed,
                 params,
                 buffers,
+                ..
             } => {
                 if params.contains_key(&name) || buffers.contains_key(&name) {
                     return Err(duplicate(&name));
@@ -272,6 +285,32 @@ impl Store {
         }
     }
 
+    fn constant(&self, name: String, value: Tensor) -> Result<()> {
+        let found = self.create(name.clone(), value.shape().clone(), Init::Const(0.0), false)?;
+        match &mut *self.lock() {
+            Kind::Fresh {
+                buffers, constants, ..
+            } => {
+                if let Some(var) = buffers.get(&name) {
+                    var.set(&value)?;
+                }
+                constants.insert(name);
+            }
+            Kind::Given {
+                weights, report, ..
+            } => {
+                let given = weights.contains_key(&name);
+                let elsewhere = |m: &Mismatch| m.name == name;
+                let reported =
+                    report.mismatched.iter().any(elsewhere) || report.non_finite.contains(&name);
+                if given && !reported && !alike(&found, &value)? {
+                    report.differing.push(name);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Kind> {
         // A panic elsewhere cannot leave the maps half changed.
         self.inner
@@ -279,6 +318,14 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether two values of a constant are the same but for rounding.
+fn alike(found: &Tensor, expected: &Tensor) -> Result<bool> {
+    let flat = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let (found, expected) = (flat(found)?, flat(expected)?);
+    let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-2 * b.abs() + 1e-6;
+    Ok(found.iter().zip(&expected).all(near))
 }
 
 fn duplicate(name: &str) -> Error {
@@ -335,6 +382,18 @@ impl Scope {
     pub fn buffer(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
         self.store
             .create(self.name(name), shape.into(), init, false)
+    }
+
+    /// A buffer that follows from the configuration: weights that have another value there belong to
+    /// another model and are refused.
+    ///
+    /// # Errors
+    /// If the name is taken, or the values don't fill the shape.
+    pub fn constant(&self, name: &str, shape: impl Into<Shape>, values: &[f64]) -> Result<()> {
+        let value = Tensor::from_vec(values.to_vec(), shape, &Device::Cpu)?
+            .to_dtype(self.dtype())?
+            .to_device(self.device())?;
+        self.store.constant(self.name(name), value)
     }
 
     /// The element type of the parameters.
@@ -420,6 +479,7 @@ mod tests {
                 found: vec![3, 2],
             }],
             non_finite: vec![],
+            differing: Vec::new(),
         };
         let served = Store::serve(&bad, DType::F32, &Device::Cpu, build).map(|_| ());
         for result in [store.load(&bad, Strictness::Exact), served] {
@@ -443,5 +503,29 @@ mod tests {
         nan = store.frozen()?;
         nan.insert("extra".into(), weight);
         store.load(&nan, Strictness::IgnoreUnexpected)
+    }
+
+    #[test]
+    fn constants_are_saved_and_must_agree() -> Result<()> {
+        let build = |scope: &Scope| scope.constant("filter", 3, &[0.25, 0.5, 0.25]);
+        let store = Store::new(1, DType::F32, &Device::Cpu);
+        build(&store.root())?;
+        assert!(store.named().is_empty());
+        let mut saved = store.frozen()?;
+        assert_eq!(saved["filter"].to_vec1::<f32>()?, [0.25, 0.5, 0.25]);
+        store.load(&saved, Strictness::Exact)?;
+        Store::serve(&saved, DType::F32, &Device::Cpu, build)?;
+        let other = Tensor::new(&[0.5f32, 0.0, 0.5], &Device::Cpu)?;
+        saved.insert("filter".into(), other);
+        for said in [
+            store.load(&saved, Strictness::Exact).unwrap_err(),
+            Store::serve(&saved, DType::F32, &Device::Cpu, build).unwrap_err(),
+        ] {
+            assert!(
+                said.to_string().contains("other constants (filter)"),
+                "{said}"
+            );
+        }
+        Ok(())
     }
 }

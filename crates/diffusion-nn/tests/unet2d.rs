@@ -149,8 +149,8 @@ fn input_gradients_of_layers() {
         Resample::Keep,
         Resample::UpNearest,
         Resample::DownAverage,
-        Resample::UpFir,
-        Resample::DownFir,
+        Resample::UpFir(Fir::default()),
+        Resample::DownFir(Fir::default()),
     ] {
         for norm in [TimeEmbeddingNorm::Default, TimeEmbeddingNorm::ScaleShift] {
             let temb = temb.clone();
@@ -160,7 +160,7 @@ fn input_gradients_of_layers() {
                         groups: 2,
                         temb_channels: Some(3),
                         time_embedding_norm: norm,
-                        resample,
+                        resample: resample.clone(),
                         output_scale_factor: 1.3,
                         dropout: 0.3,
                         ..ResnetBlock2DConfig::new(4, 6)

@@ -67,7 +67,7 @@ pub use optimiser::{
     updates_in_place,
 };
 pub use recompute::{Part, checkpointed};
-pub use resample::{avg_pool2d, fir_resample2d, upsample_nearest2d};
+pub use resample::{avg_pool2d, fir_resample2d, resize_bilinear2d, upsample_nearest2d};
 pub use rms_norm::rms_norm;
 pub use simd::{LEVEL_VARIABLE, Level, level, set_level};
 pub use softmax::softmax;

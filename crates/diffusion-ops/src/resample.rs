@@ -1,6 +1,7 @@
-//! Changing the resolution of a map: nearest neighbour, averages, finite impulse responses.
+//! Changing the resolution of a map: nearest neighbour, linear interpolation, averages, finite
+//! impulse responses.
 //!
-//! All three are a sparse linear map along each axis, applied one axis after the other; the
+//! All of them are a sparse linear map along each axis, applied one axis after the other; the
 //! backward is the transposed map.
 
 use crate::cpu::{by_float, filled, half_on_cpu, native, slice, worth};
@@ -36,6 +37,41 @@ pub fn upsample_nearest2d(x: &Tensor, height: usize, width: usize) -> Result<Ten
     let axis = |from: usize, to: usize| Axis {
         taps: (0..to).map(|o| vec![(o * from / to, 1.0)]).collect(),
         from,
+    };
+    apply(x, axis(h, height), axis(w, width))
+}
+
+/// Linear interpolation along both axes, pixels being squares whose centres are at halves.
+///
+/// ```text
+/// y[o] = (1 − λ) x[⌊u⌋] + λ x[⌊u⌋ + 1],   u = (o + ½) H/H' − ½ within [0, H − 1],   λ = u − ⌊u⌋
+/// ```
+///
+/// # Shapes
+/// `x [B, C, H, W]`; the result is `[B, C, H', W']`.
+///
+/// # Errors
+/// If `x` is not such a map or a size is zero.
+pub fn resize_bilinear2d(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    if h * w * height * width == 0 {
+        bail!("resize_bilinear2d: from {h}x{w} to {height}x{width}");
+    }
+    let axis = |from: usize, to: usize| {
+        let between = |o: usize| {
+            let u = (o as f64 + 0.5) * from as f64 / to as f64 - 0.5;
+            let u = u.clamp(0.0, (from - 1) as f64);
+            let (low, part) = (u as usize, u.fract());
+            if part == 0.0 {
+                vec![(low, 1.0)]
+            } else {
+                vec![(low, 1.0 - part), (low + 1, part)]
+            }
+        };
+        Axis {
+            taps: (0..to).map(between).collect(),
+            from,
+        }
     };
     apply(x, axis(h, height), axis(w, width))
 }
@@ -280,6 +316,21 @@ mod tests {
     }
 
     #[test]
+    fn interpolation_is_linear_and_ends_at_the_outer_pixels() -> Result<()> {
+        let x = Tensor::new(&[[[[1f64, 3.0, 7.0]]]], &Device::Cpu)?;
+        let y = resize_bilinear2d(&x, 2, 6)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
+        let row = [1.0, 1.5, 2.5, 4.0, 6.0, 7.0];
+        assert_eq!(y, [row, row].concat());
+        let y = resize_bilinear2d(&x, 1, 2)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
+        assert_eq!(y, [1.5, 6.0]);
+        Ok(())
+    }
+
+    #[test]
     fn an_asymmetric_filter_is_a_convolution() -> Result<()> {
         let x = Tensor::new(&[[[[1f64, 0.0, 0.0, 0.0]]]], &Device::Cpu)?;
         // One row: the vertical pass over a single sample padded by (2, 0) picks filter[2..].
@@ -296,6 +347,7 @@ mod tests {
             Box::new(|x| upsample_nearest2d(x, 10, 14)),
             Box::new(|x| upsample_nearest2d(x, 15, 14)),
             Box::new(|x| upsample_nearest2d(x, 8, 3)),
+            Box::new(|x| resize_bilinear2d(x, 8, 3)),
             Box::new(|x| avg_pool2d(x, 2)),
             Box::new(|x| fir_resample2d(x, &FIR, 2, 1, (2, 1))),
             Box::new(|x| fir_resample2d(x, &FIR, 1, 2, (1, 1))),

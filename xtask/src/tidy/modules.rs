@@ -18,7 +18,10 @@ const FLOORS: [(u8, &[&str]); 6] = [
         ],
     ),
     (2, &["grid", "sde", "denoiser"]),
-    (3, &["loss", "sample", "guide", "likelihood", "distill"]),
+    (
+        3,
+        &["loss", "sample", "guide", "likelihood", "distill", "search"],
+    ),
     (4, &["oracle", "train"]),
     (5, &["interop"]),
 ];

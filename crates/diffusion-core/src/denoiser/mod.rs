@@ -7,11 +7,15 @@
 
 pub mod edm;
 pub mod frame;
+pub mod learned_variance;
 pub mod network;
+pub mod previous;
 
 pub use edm::EdmNetwork;
 pub use frame::VpInVe;
+pub use learned_variance::LearnedVariance;
 pub use network::{Network, TimeCode};
+pub use previous::PreviousX;
 
 use crate::error::Result;
 use crate::noise::Noise;

@@ -29,7 +29,8 @@ where
 {
     fn predict(&self, x: &Tensor, at: At<'_>, call: &mut Call<'_>) -> Result<Prediction> {
         let said = self.inner.predict(x, at, call)?;
-        let epsilon = said.epsilon(x, at)?;
+        // A clip of the inner denoiser counts: the noise is that of the corrected data.
+        let epsilon = said.epsilon_of_x0(x, at)?;
         // Elements are independent, so the gradient of the sum holds every element's own.
         let slope = gradient(x, |x| Ok((self.log_prob)(x, at)?.sum_all()?))?;
         let value = combine(

@@ -1,6 +1,7 @@
 //! Objectives: which noise levels are trained, and how much each counts.
 //!
-//! Every loss here is a weighted mean squared error,
+//! [`Hybrid`] adds the variational bound for a learned variance, and [`SecondMoment`] draws the
+//! steps that need it most. Every other loss here is a weighted mean squared error,
 //!
 //! ```text
 //! L = E_{t, x₀, ε} [ w(t) ‖ŷ(x_t, t) − y‖² / D ],   x_t = α_t x₀ + σ_t ε
@@ -10,9 +11,13 @@
 //! how `t` is drawn, and [`Denoising`] puts the two together.
 
 mod denoising;
+mod hybrid;
+mod resample;
 mod time;
 mod weight;
 
 pub use denoising::Denoising;
+pub use hybrid::{Hybrid, HybridLoss, HybridLosses};
+pub use resample::SecondMoment;
 pub use time::TimeLaw;
 pub use weight::Weight;

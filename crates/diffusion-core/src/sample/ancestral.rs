@@ -1,7 +1,8 @@
 //! DDPM's ancestral sampling (Ho, Jain and Abbeel 2020, algorithm 2).
 
+use super::reverse::{Hop, log_variance};
 use super::{Ctx, Order, Step};
-use crate::error::{Report, Result};
+use crate::error::Result;
 use crate::forward::{posterior, transition};
 use crate::schedule::Point;
 use crate::tensor::{At, lincomb};
@@ -23,6 +24,29 @@ pub enum Variance {
     /// `exp(½(v+1) ln β + ½(1−v) ln β̃)` with `v` from the network (Nichol and Dhariwal 2021,
     /// eq. 15).
     LearnedRange,
+    /// The network says the log-variance itself, in the place of its mixing weight.
+    Learned,
+    /// The network says `E[ε² | x_t]` in the place of its mixing weight; the variance is then
+    /// optimal in every dimension (Bao et al. 2022, Extended-Analytic-DPM).
+    ///
+    /// ```text
+    /// Σ = β̃ + c_{x0}² clamp( (σ²/α²)(E[ε²] − ε̂²), 0, 1 )
+    /// ```
+    NoiseMoment,
+}
+
+impl Variance {
+    /// The name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FixedSmall => "fixed_small",
+            Self::FixedSmallLog => "fixed_small_log",
+            Self::FixedLarge => "fixed_large",
+            Self::LearnedRange => "learned_range",
+            Self::Learned => "learned",
+            Self::NoiseMoment => "noise_moment",
+        }
+    }
 }
 
 /// The ancestral sampler.
@@ -69,19 +93,9 @@ impl Step for Ancestral {
         let variance = match self.variance {
             Variance::FixedSmall | Variance::FixedSmallLog => small,
             Variance::FixedLarge => beta,
-            Variance::LearnedRange => {
-                let Some(v) = &said.var_mix else {
-                    return Err(Report::new(
-                        "variance",
-                        "learned_range, but the network predicts no variance",
-                    )
-                    .expected("a network with twice the output channels")
-                    .remedy("use fixed_small or fixed_large")
-                    .config());
-                };
-                let (high, low) = (beta.ln(), small.ln());
-                // ½ of the log-variance, to get the deviation.
-                let std = v.affine(0.25 * (high - low), 0.25 * (high + low))?.exp()?;
+            Variance::LearnedRange | Variance::Learned | Variance::NoiseMoment => {
+                let hops = vec![Hop::between(from, to); x.dim(0)?];
+                let std = (log_variance(&said, x, &hops, self.variance)? * 0.5)?.exp()?;
                 let mean = lincomb(p.x, x, p.x0, &x0)?;
                 return Ok((mean + (std * ctx.noise.normal(x)?)?)?);
             }

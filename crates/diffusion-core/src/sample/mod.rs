@@ -7,6 +7,9 @@
 //! | file | method | order |
 //! |---|---|---|
 //! | [`ancestral`] | DDPM | stochastic |
+//! | [`analytic`] | Analytic-DPM, any η | stochastic |
+//! | [`mean_guided`] | DDPM with a classifier on the mean | stochastic |
+//! | [`reverse`] | the law of a reverse step, for samplers and bounds | |
 //! | [`ddim`] | DDIM, any η | 1 at η = 0 |
 //! | [`euler`] | Euler in σ̂ = σ/α, with churn | 1 |
 //! | [`heun`] | Heun in σ̂, EDM algorithm 2 | 2 |
@@ -23,6 +26,7 @@
 //! | [`consistency`] | LCM, consistency models, any few-step `x₀` map | stochastic |
 //! | [`tcd`] | trajectory consistency sampling | stochastic |
 
+pub mod analytic;
 pub mod ancestral;
 pub mod churn;
 pub mod consistency;
@@ -37,13 +41,16 @@ pub mod exponential;
 pub mod flow_heun;
 pub mod heun;
 pub mod kdpm2;
+pub mod mean_guided;
 mod plan;
 pub mod pndm;
 mod registry;
+pub mod reverse;
 pub mod sa_solver;
 pub mod tcd;
 pub mod unipc;
 
+pub use analytic::{Analytic, Bounds, noise_moments};
 pub use ancestral::{Ancestral, Variance};
 pub use churn::{Churn, ChurnOrder};
 pub use consistency::{Boundary, Consistency};
@@ -58,9 +65,11 @@ pub use exponential::{Belief, Rule};
 pub use flow_heun::FlowHeun;
 pub use heun::Heun;
 pub use kdpm2::{Kdpm2, kdpm2_points};
+pub use mean_guided::MeanGuided;
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use pndm::{Ipndm, Pndm, Start};
 pub use registry::{Named, SAMPLERS, SamplerConfig, names};
+pub use reverse::{Chain, Hop, Mean, Reverse};
 pub use sa_solver::{SaSolver, Tau};
 pub use tcd::Tcd;
 pub use unipc::{UniPc, UniPcB};

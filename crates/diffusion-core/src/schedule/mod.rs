@@ -13,12 +13,14 @@
 //! | file | process |
 //! |---|---|
 //! | [`table`] | a table of T steps: [`linear`], scaled linear, [`cosine`], [`sigmoid`], custom betas |
+//! | [`respaced`] | fewer steps of a trained table |
 //! | [`vp`], [`sub_vp`], [`ve`] | the three SDEs of Song et al. 2021 |
 //! | [`edm`] | `α = 1, σ = t` of Karras et al. 2022 |
 
 pub mod cosine;
 pub mod edm;
 pub mod linear;
+pub mod respaced;
 pub mod sigmoid;
 pub mod sub_vp;
 pub mod table;
@@ -26,6 +28,7 @@ pub mod ve;
 pub mod vp;
 
 pub use edm::Edm;
+pub use respaced::Respaced;
 pub use sub_vp::SubVp;
 pub use table::{BetaSchedule, Table};
 pub use ve::Ve;

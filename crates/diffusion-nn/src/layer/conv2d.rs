@@ -1,10 +1,10 @@
 //! A trainable convolution.
 
 use crate::error::Result;
+use crate::layer::Initial;
 use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::Padding;
-use diffusion_ops::init::Init;
 
 /// Sizes of a [`Conv2d`].
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +23,8 @@ pub struct Conv2dConfig {
     pub dilation: usize,
     /// Whether there is a bias.
     pub bias: bool,
+    /// How the weights begin.
+    pub initial: Initial,
 }
 
 impl Conv2dConfig {
@@ -36,6 +38,7 @@ impl Conv2dConfig {
             padding: (kernel / 2).into(),
             dilation: 1,
             bias: true,
+            initial: Initial::FanIn,
         }
     }
 }
@@ -49,18 +52,19 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// A convolution begun uniformly within `1/√(C kh kw)`.
+    /// A convolution of these sizes.
     ///
     /// # Errors
     /// If a name is taken.
     pub fn new(scope: &Scope, config: Conv2dConfig) -> Result<Self> {
         let (h, w) = config.kernel;
-        let init = Init::fan_in(config.in_channels * h * w);
-        let shape = (config.out_channels, config.in_channels, h, w);
-        let weight = scope.param("weight", shape, init)?;
+        let (from, to, initial) = (config.in_channels, config.out_channels, config.initial);
+        let fan_in = from * h * w;
+        let init = initial.weight(fan_in, to * h * w);
+        let weight = scope.param("weight", (to, from, h, w), init)?;
         let bias = config
             .bias
-            .then(|| scope.param("bias", config.out_channels, init))
+            .then(|| scope.param("bias", to, initial.bias(fan_in)))
             .transpose()?;
         Ok(Self {
             weight,

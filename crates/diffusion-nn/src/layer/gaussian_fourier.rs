@@ -5,7 +5,8 @@ use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::init::Init;
 
-/// Random Fourier features (Song et al. 2021, NCSN++). The frequencies are a buffer: `weight`.
+/// Random Fourier features (Song et al. 2021, NCSN++). The frequencies are a buffer, `weight`
+/// unless it is named otherwise.
 ///
 /// ```text
 /// y = [sin(2π w l), cos(2π w l)],   l = ln t or t,   w ~ N(0, scale²)
@@ -30,7 +31,22 @@ impl GaussianFourier {
         log: bool,
         flip_sin_to_cos: bool,
     ) -> Result<Self> {
-        let weight = scope.buffer("weight", size, Init::Normal { std: scale })?;
+        Self::named(scope, "weight", size, scale, log, flip_sin_to_cos)
+    }
+
+    /// [`GaussianFourier::new`] with another name of the frequencies.
+    ///
+    /// # Errors
+    /// If the name is taken.
+    pub fn named(
+        scope: &Scope,
+        name: &str,
+        size: usize,
+        scale: f64,
+        log: bool,
+        flip_sin_to_cos: bool,
+    ) -> Result<Self> {
+        let weight = scope.buffer(name, size, Init::Normal { std: scale })?;
         Ok(Self {
             weight,
             log,

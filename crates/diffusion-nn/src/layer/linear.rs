@@ -1,9 +1,9 @@
 //! A trainable affine map.
 
 use crate::error::Result;
+use crate::layer::Initial;
 use crate::store::Scope;
 use candle_core::Tensor;
-use diffusion_ops::init::Init;
 
 /// An affine map of the last axis: see [`diffusion_ops::linear`]. Names: `weight`, `bias`.
 #[derive(Clone, Debug)]
@@ -18,10 +18,24 @@ impl Linear {
     /// # Errors
     /// If a name is taken.
     pub fn new(scope: &Scope, inputs: usize, outputs: usize, bias: bool) -> Result<Self> {
-        let init = Init::fan_in(inputs);
+        Self::begun(scope, inputs, outputs, bias, Initial::FanIn)
+    }
+
+    /// A map from `inputs` to `outputs` features, begun as said.
+    ///
+    /// # Errors
+    /// If a name is taken.
+    pub fn begun(
+        scope: &Scope,
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        initial: Initial,
+    ) -> Result<Self> {
+        let init = initial.weight(inputs, outputs);
         let weight = scope.param("weight", (outputs, inputs), init)?;
         let bias = bias
-            .then(|| scope.param("bias", outputs, init))
+            .then(|| scope.param("bias", outputs, initial.bias(inputs)))
             .transpose()?;
         Ok(Self { weight, bias })
     }

@@ -3,14 +3,12 @@
 use crate::error::{Error, Result};
 use crate::layer::attention::rescaled;
 use crate::layer::upsample::nearest;
-use crate::layer::{
-    Activation, Conv2d, Conv2dConfig, GroupNorm, Linear, fir_downsample2d, fir_upsample2d,
-};
+use crate::layer::{Activation, Conv2d, Conv2dConfig, Fir, GroupNorm, Initial, Linear, Nin};
 use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::Tensor;
 use diffusion_ops::init::fnv1a;
-use diffusion_ops::{add, avg_pool2d, dropout};
+use diffusion_ops::{add, avg_pool2d};
 use serde::{Deserialize, Serialize};
 
 /// How the time enters a block.
@@ -25,7 +23,7 @@ pub enum TimeEmbeddingNorm {
 }
 
 /// What a block does to the resolution.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Resample {
     /// Nothing.
     #[default]
@@ -34,26 +32,77 @@ pub enum Resample {
     UpNearest,
     /// Halves it by averages.
     DownAverage,
-    /// Doubles it by [`fir_upsample2d`].
-    UpFir,
-    /// Halves it by [`fir_downsample2d`].
-    DownFir,
+    /// Doubles it by zero insertion and a filter.
+    UpFir(Fir),
+    /// Halves it by a filter and decimation.
+    DownFir(Fir),
 }
 
 impl Resample {
-    fn apply(self, x: &Tensor) -> Result<Tensor> {
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Keep => Ok(x.clone()),
             Self::UpNearest => nearest(x),
             Self::DownAverage => Ok(avg_pool2d(x, 2)?),
-            Self::UpFir => fir_upsample2d(x),
-            Self::DownFir => fir_downsample2d(x),
+            Self::UpFir(fir) => fir.upsample(x, 2, 1.0),
+            Self::DownFir(fir) => fir.downsample(x, 2, 1.0),
+        }
+    }
+
+    /// The filter, if there is one.
+    fn filter(&self) -> Option<&Fir> {
+        match self {
+            Self::UpFir(fir) | Self::DownFir(fir) => Some(fir),
+            _ => None,
         }
     }
 }
 
+/// The map from the input's channels to the output's beside the convolutions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Shortcut {
+    /// A 1×1 convolution.
+    #[default]
+    Pointwise,
+    /// A [`Nin`].
+    Nin,
+}
+
+/// The names of a block's parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResnetNames {
+    /// The first norm.
+    pub norm1: &'static str,
+    /// The first convolution.
+    pub conv1: &'static str,
+    /// The map of the time embedding.
+    pub time: &'static str,
+    /// The second norm.
+    pub norm2: &'static str,
+    /// The second convolution.
+    pub conv2: &'static str,
+    /// The shortcut.
+    pub shortcut: &'static str,
+    /// The buffer that keeps the filter beside the first convolution and the shortcut, if the
+    /// weights have it.
+    pub filter: Option<&'static str>,
+}
+
+impl ResnetNames {
+    /// Those of `diffusers`.
+    pub const DIFFUSERS: Self = Self {
+        norm1: "norm1",
+        conv1: "conv1",
+        time: "time_emb_proj",
+        norm2: "norm2",
+        conv2: "conv2",
+        shortcut: "conv_shortcut",
+        filter: None,
+    };
+}
+
 /// Sizes and choices of a [`ResnetBlock2D`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ResnetBlock2DConfig {
     /// Channels of the input.
     pub in_channels: usize,
@@ -81,6 +130,14 @@ pub struct ResnetBlock2DConfig {
     pub use_in_shortcut: Option<bool>,
     /// Whether the time embedding enters without the nonlinearity.
     pub skip_time_act: bool,
+    /// What the shortcut is made of, where there is one.
+    pub shortcut: Shortcut,
+    /// How all but the last convolution begin.
+    pub initial: Initial,
+    /// How the last convolution begins.
+    pub initial_last: Initial,
+    /// The names of the parts.
+    pub names: ResnetNames,
 }
 
 impl ResnetBlock2DConfig {
@@ -100,6 +157,10 @@ impl ResnetBlock2DConfig {
             resample: Resample::Keep,
             use_in_shortcut: None,
             skip_time_act: false,
+            shortcut: Shortcut::Pointwise,
+            initial: Initial::FanIn,
+            initial_last: Initial::FanIn,
+            names: ResnetNames::DIFFUSERS,
         }
     }
 }
@@ -114,8 +175,7 @@ impl ResnetBlock2DConfig {
 /// ```
 ///
 /// where `a` is the nonlinearity, `R` the change of resolution, `e` the time embedding and `r`
-/// the output factor. Names: `norm1`, `conv1`, `time_emb_proj`, `norm2`, `conv2`,
-/// `conv_shortcut`.
+/// the output factor. The names of the parts are those of [`ResnetNames`].
 #[derive(Clone, Debug)]
 pub struct ResnetBlock2D {
     norm1: GroupNorm,
@@ -123,10 +183,16 @@ pub struct ResnetBlock2D {
     time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
     conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
+    shortcut: Option<Beside>,
     config: ResnetBlock2DConfig,
     /// Tells this block's dropout masks from those of other blocks.
     stream: u64,
+}
+
+#[derive(Clone, Debug)]
+enum Beside {
+    Pointwise(Conv2d),
+    Nin(Nin),
 }
 
 impl ResnetBlock2D {
@@ -164,26 +230,49 @@ impl ResnetBlock2D {
             TimeEmbeddingNorm::Default => out_channels,
             TimeEmbeddingNorm::ScaleShift => 2 * out_channels,
         };
-        let project = |temb| Linear::new(&scope.sub("time_emb_proj"), temb, width, true);
-        let shortcut = config
+        let names = config.names;
+        let project =
+            |temb| Linear::begun(&scope.sub(names.time), temb, width, true, config.initial);
+        let conv = |name: &str, from, kernel, initial| {
+            let config = Conv2dConfig {
+                initial,
+                ..Conv2dConfig::same(from, out_channels, kernel)
+            };
+            Conv2d::new(&scope.sub(name), config)
+        };
+        let moved = config
             .use_in_shortcut
             .unwrap_or(in_channels != out_channels);
-        let conv = |name: &str, from, kernel| {
-            Conv2d::new(
-                &scope.sub(name),
-                Conv2dConfig::same(from, out_channels, kernel),
-            )
+        let shortcut = match (moved, config.shortcut) {
+            (false, _) => None,
+            (true, Shortcut::Pointwise) => Some(Beside::Pointwise(conv(
+                names.shortcut,
+                in_channels,
+                1,
+                config.initial,
+            )?)),
+            (true, Shortcut::Nin) => Some(Beside::Nin(Nin::new(
+                &scope.sub(names.shortcut),
+                in_channels,
+                out_channels,
+                config.initial,
+            )?)),
         };
+        if let (Some(fir), Some(buffer)) = (config.resample.filter(), names.filter) {
+            let side = fir.taps().len();
+            for part in [names.conv1, names.shortcut] {
+                let scope = scope.sub(part);
+                scope.constant(buffer, (1, 1, side, side), &fir.plane())?;
+            }
+        }
         let groups_out = config.groups_out.unwrap_or(groups);
         Ok(Self {
-            norm1: GroupNorm::new(&scope.sub("norm1"), groups, in_channels, eps)?,
-            conv1: conv("conv1", in_channels, 3)?,
+            norm1: GroupNorm::new(&scope.sub(names.norm1), groups, in_channels, eps)?,
+            conv1: conv(names.conv1, in_channels, 3, config.initial)?,
             time_emb_proj: config.temb_channels.map(project).transpose()?,
-            norm2: GroupNorm::new(&scope.sub("norm2"), groups_out, out_channels, eps)?,
-            conv2: conv("conv2", out_channels, 3)?,
-            conv_shortcut: shortcut
-                .then(|| conv("conv_shortcut", in_channels, 1))
-                .transpose()?,
+            norm2: GroupNorm::new(&scope.sub(names.norm2), groups_out, out_channels, eps)?,
+            conv2: conv(names.conv2, out_channels, 3, config.initial_last)?,
+            shortcut,
             config,
             stream: fnv1a(scope.path()),
         })
@@ -199,7 +288,7 @@ impl ResnetBlock2D {
     /// where there is one.
     pub fn forward(&self, x: &Tensor, temb: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let act = self.config.non_linearity;
-        let resample = self.config.resample;
+        let resample = &self.config.resample;
         let h = resample.apply(&self.norm1.forward_act(x, act)?)?;
         let temb = match (&self.time_emb_proj, temb) {
             (Some(project), Some(temb)) if self.config.skip_time_act => {
@@ -217,21 +306,12 @@ impl ResnetBlock2D {
             }
         };
         let h = self.timed(&h, temb.as_ref())?;
-        let h = match mode {
-            Mode::Train { key } if self.config.dropout > 0.0 => {
-                let stream = key.stream.wrapping_add(self.stream);
-                dropout(
-                    &h,
-                    self.config.dropout,
-                    diffusion_ops::rng::Key { stream, ..key },
-                )?
-            }
-            _ => h,
-        };
+        let h = mode.dropout(h, self.config.dropout, self.stream)?;
         let h = self.conv2.forward(&h)?;
         let x = resample.apply(x)?;
-        let x = match &self.conv_shortcut {
-            Some(conv) => conv.forward(&x)?,
+        let x = match &self.shortcut {
+            Some(Beside::Pointwise(conv)) => conv.forward(&x)?,
+            Some(Beside::Nin(nin)) => nin.forward(&x)?,
             None => x,
         };
         rescaled(add(&x, &h)?, self.config.output_scale_factor)

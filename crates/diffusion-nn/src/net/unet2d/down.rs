@@ -6,8 +6,8 @@ use super::parts::{
 };
 use crate::error::{Error, Result};
 use crate::layer::{
-    Attention, Conv2d, Conv2dConfig, Downsample2D, Resample, ResnetBlock2D, ResnetBlock2DConfig,
-    fir_downsample2d,
+    Attention, Conv2d, Conv2dConfig, Downsample2D, Fir, Resample, ResnetBlock2D,
+    ResnetBlock2DConfig, fir_downsample2d,
 };
 use crate::store::Scope;
 use candle_core::Tensor;
@@ -70,8 +70,12 @@ impl DownBlock {
         let exit = match kind {
             _ if last => Exit::Stay,
             DownBlockType::SkipDownBlock2D | DownBlockType::AttnSkipDownBlock2D => {
-                let resnet =
-                    skip_resample(&scope.sub("resnet_down"), config, to, Resample::DownFir)?;
+                let resnet = skip_resample(
+                    &scope.sub("resnet_down"),
+                    config,
+                    to,
+                    Resample::DownFir(Fir::default()),
+                )?;
                 let conv = Conv2dConfig::same(config.in_channels, to, 1);
                 let conv = Conv2d::new(&scope.sub("skip_conv"), conv)?;
                 Exit::Skip {

@@ -38,7 +38,7 @@ impl MidBlock {
         };
         let resnets = scope.sub("resnets");
         Ok(Self {
-            first: ResnetBlock2D::new(&resnets.sub(0), block)?,
+            first: ResnetBlock2D::new(&resnets.sub(0), block.clone())?,
             attention: config.add_attention.then(attend).transpose()?,
             second: ResnetBlock2D::new(&resnets.sub(1), block)?,
         })

@@ -20,6 +20,7 @@ use crate::layer::{
     TimestepEmbeddingConfig, timestep_embedding,
 };
 use crate::mode::Mode;
+use crate::net::input::{maps, times};
 use crate::store::Scope;
 use candle_core::{DType, Tensor};
 use down::DownBlock;
@@ -177,28 +178,8 @@ impl UNet2D {
         class_labels: Option<&Tensor>,
         mode: Mode,
     ) -> Result<Tensor> {
-        let in_channels = self.config.in_channels;
-        let batch = match x.dims() {
-            [b, c, _, _] if *c == in_channels => *b,
-            found => {
-                return Err(Error::Input {
-                    name: "sample",
-                    found: format!("of shape {found:?}"),
-                    expected: format!("[B, {in_channels}, H, W]"),
-                });
-            }
-        };
-        let t = match timestep.dims() {
-            [] | [1] => timestep.flatten_all()?.broadcast_as(batch)?.contiguous()?,
-            [n] if *n == batch => timestep.clone(),
-            found => {
-                return Err(Error::Input {
-                    name: "timestep",
-                    found: format!("of shape {found:?}"),
-                    expected: format!("a scalar or [{batch}]"),
-                });
-            }
-        };
+        let (batch, ..) = maps("sample", x, self.config.in_channels)?;
+        let t = times("timestep", timestep, batch)?;
         let temb = self.embed(&t, class_labels)?;
         let x = x.to_dtype(self.dtype)?;
         let x = if self.config.center_input_sample {

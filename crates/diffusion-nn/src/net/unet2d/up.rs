@@ -6,7 +6,7 @@ use super::parts::{
 };
 use crate::error::Result;
 use crate::layer::{
-    Attention, Conv2d, Conv2dConfig, GroupNorm, Resample, ResnetBlock2D, ResnetBlock2DConfig,
+    Attention, Conv2d, Conv2dConfig, Fir, GroupNorm, Resample, ResnetBlock2D, ResnetBlock2DConfig,
     Upsample2D, fir_upsample2d,
 };
 use crate::store::Scope;
@@ -90,7 +90,12 @@ impl UpBlock {
         let exit = match kind {
             _ if last => Exit::Stay,
             UpBlockType::SkipUpBlock2D | UpBlockType::AttnSkipUpBlock2D => {
-                let resnet = skip_resample(&scope.sub("resnet_up"), config, to, Resample::UpFir)?;
+                let resnet = skip_resample(
+                    &scope.sub("resnet_up"),
+                    config,
+                    to,
+                    Resample::UpFir(Fir::default()),
+                )?;
                 let conv = Conv2dConfig::same(to, config.out_channels, 3);
                 let norm = scope.sub("skip_norm");
                 Exit::Skip {
