@@ -16,7 +16,7 @@ mod resample;
 mod time;
 mod weight;
 
-pub use denoising::Denoising;
+pub use denoising::{Denoising, weighted_error};
 pub use hybrid::{Hybrid, HybridLoss, HybridLosses};
 pub use resample::SecondMoment;
 pub use time::TimeLaw;

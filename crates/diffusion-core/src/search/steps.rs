@@ -99,9 +99,7 @@ impl StepChoice {
                     n if n == count => end,
                     _ => k as f64 * (end / last),
                 };
-                return Ok((0..count)
-                    .map(|k| place(k).powi(2) as usize + 1)
-                    .collect());
+                return Ok((0..count).map(|k| place(k).powi(2) as usize + 1).collect());
             }
             Self::OptimalTrajectory { moments, alpha_bar } => {
                 return optimal(moments, alpha_bar, total, count);
