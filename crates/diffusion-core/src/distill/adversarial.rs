@@ -100,7 +100,7 @@ impl LazyR1 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oracle::gradcheck;
+    use crate::oracle::gradcheck::gradcheck;
     use candle_core::{Device, Var};
 
     #[test]
