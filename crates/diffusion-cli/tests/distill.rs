@@ -110,7 +110,7 @@ fn a_student_is_sampled_as_it_was_distilled() {
     refuses(
         &["images", "distill", "--resume", "--seed", "9", "--out", "s"],
         at,
-        1,
+        2,
         &["--seed", "as the run began with"],
     );
     refuses(
@@ -125,11 +125,11 @@ fn a_student_is_sampled_as_it_was_distilled() {
         refuses(&[&base[..], more].concat(), at, code, words);
         assert!(!at.join("n").exists());
     };
-    refused(&["--to", "4", "--from", "6"], 1, &["8, 16, 32"]);
-    refused(&["--to", "2", "--method", "knowledge"], 1, &["--to 1"]);
+    refused(&["--to", "4", "--from", "6"], 2, &["8, 16, 32"]);
+    refused(&["--to", "2", "--method", "knowledge"], 2, &["--to 1"]);
     refused(
         &["--to", "3", "--from", "8", "--method", "consistency"],
-        1,
+        2,
         &["multiple of 3"],
     );
     refused(

@@ -25,6 +25,7 @@
 //! | [`flow_heun`] | Heun on straight paths | 2 |
 //! | [`consistency`] | LCM, consistency models, any few-step `x₀` map | stochastic |
 //! | [`tcd`] | trajectory consistency sampling | stochastic |
+//! | [`partial`], [`fit`] | starts on the way, early stops, true to a measurement | |
 
 pub mod analytic;
 pub mod ancestral;
@@ -38,10 +39,12 @@ pub mod dpm_pp_sde;
 pub mod dpm_singlestep;
 pub mod euler;
 pub mod exponential;
+pub mod fit;
 pub mod flow_heun;
 pub mod heun;
 pub mod kdpm2;
 pub mod mean_guided;
+pub mod partial;
 mod plan;
 pub mod pndm;
 mod registry;
