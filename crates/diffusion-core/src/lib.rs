@@ -40,6 +40,7 @@
 
 pub mod checkpoint;
 pub mod denoiser;
+pub mod distill;
 pub mod error;
 pub mod forward;
 pub mod grid;

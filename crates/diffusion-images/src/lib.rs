@@ -19,6 +19,8 @@ pub mod card;
 pub mod classes;
 pub mod config;
 pub mod data;
+pub mod distill;
+pub mod distilled;
 #[cfg(feature = "figures")]
 pub mod figure;
 pub mod grid;

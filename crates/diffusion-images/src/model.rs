@@ -5,6 +5,7 @@
 //! MODEL/unet/{config.json, diffusion_pytorch_model.safetensors}
 //! MODEL/scheduler/scheduler_config.json
 //! MODEL/classes.json                                  conditional models: names, withheld label
+//! MODEL/distilled.json                                distilled models: sampler, grid and steps
 //! MODEL/run/                                          configuration, metrics, checkpoints
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 use crate::classes::Classes;
 use crate::config::ImageConfig;
+use crate::distilled::Distilled;
 use crate::from_nn;
 use crate::saved::SavedModel;
 use candle_core::{DType, Device, Tensor};
@@ -38,6 +40,7 @@ pub struct ImageModel {
     config: UNet2DConfig,
     scheduler: Scheduler,
     classes: Classes,
+    distilled: Option<Distilled>,
     /// Where it was read from.
     folder: Option<PathBuf>,
     device: Device,
@@ -112,13 +115,21 @@ impl ImageModel {
     /// `Input` naming what is missing or malformed, `Unsupported` for other networks.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let saved = SavedModel::open(path, &Limits::default())?;
+        Self::from_saved(saved, Some(path), device)
+    }
+
+    /// The model of a folder in memory, which lies at `path` where it has a place.
+    ///
+    /// # Errors
+    /// `Input` when the weights are not those of the network.
+    pub fn from_saved(saved: SavedModel, path: Option<&Path>, device: &Device) -> Result<Self> {
         let parameters = saved.weights.values().map(Tensor::elem_count).sum();
         let network = Store::serve(&saved.weights, DType::F32, device, |scope| {
             UNet2D::new(&saved.network, scope)
         })
         .map_err(|error| match error {
             diffusion_nn::Error::Candle(error) => Error::Tensor(error),
-            other => Report::file(&path.join("unet"), other)
+            other => Report::file(&path.unwrap_or(Path::new("")).join("unet"), other)
                 .expected("the weights of the network in unet/config.json")
                 .remedy("get both files again, from one model")
                 .input(),
@@ -128,7 +139,8 @@ impl ImageModel {
             config: saved.network,
             scheduler: saved.scheduler,
             classes: saved.classes,
-            folder: Some(path.to_path_buf()),
+            distilled: saved.distilled,
+            folder: path.map(Path::to_path_buf),
             device: device.clone(),
             parameters,
         })
@@ -155,6 +167,7 @@ impl ImageModel {
             config: config.network.clone(),
             scheduler: Scheduler::from_json(&scheduler, "scheduler of the configuration")?,
             classes: trained(config, classes)?,
+            distilled: None,
             folder: None,
             device: device.clone(),
             parameters: weights.values().map(Tensor::elem_count).sum(),
@@ -179,6 +192,11 @@ impl ImageModel {
     /// The scheduler it was saved with.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+
+    /// What the model was distilled for, if it was.
+    pub fn distilled(&self) -> Option<&Distilled> {
+        self.distilled.as_ref()
     }
 
     /// Number of weights.
@@ -252,6 +270,19 @@ impl ImageModel {
                     .map_err(from_nn)
             },
         ))
+    }
+
+    /// The network as a denoiser that is told these labels, `[B]`, of its own.
+    pub(crate) fn told(&self, labels: Option<Tensor>) -> impl Denoiser + '_ {
+        Network::new(
+            self.scheduler.kind(),
+            TimeCode::Index,
+            move |x: &Tensor, t: &Tensor| {
+                self.network
+                    .forward(x, t, labels.as_ref(), Mode::Eval)
+                    .map_err(from_nn)
+            },
+        )
     }
 
     /// Samples images, `[count, C, H, W]` in `[−1, 1]`.

@@ -111,7 +111,7 @@ fn read_seconds(file: &Path) -> Option<f64> {
 /// # Errors
 /// `Checkpoint` naming the folder.
 pub fn refuse_existing(model: &Path) -> Result<()> {
-    if !config_file(model).exists() {
+    if !config_file(model).exists() && !crate::distill::config_file(model).exists() {
         return Ok(());
     }
     Err(Report::file(model, "a training run is here already")

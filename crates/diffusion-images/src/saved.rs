@@ -5,12 +5,14 @@
 //! MODEL/unet/{config.json, diffusion_pytorch_model.safetensors}
 //! MODEL/scheduler/scheduler_config.json
 //! MODEL/classes.json                                  conditional models (see [`crate::classes`])
+//! MODEL/distilled.json                                distilled models (see [`crate::distilled`])
 //! ```
 //!
 //! Folders of an earlier version, which had an unconditional `unet/` with `class_embedding/` beside
 //! it, are read into the same form.
 
 use crate::classes::Classes;
+use crate::distilled::Distilled;
 use candle_core::Tensor;
 use diffusion_core::checkpoint::{read_safetensors, write_atomic};
 use diffusion_core::interop::folder::{DiffusersFolder, WEIGHTS, write_pipeline};
@@ -42,6 +44,8 @@ pub struct SavedModel {
     pub classes: Classes,
     /// The scheduler.
     pub scheduler: Scheduler,
+    /// What it was distilled for, if it was.
+    pub distilled: Option<Distilled>,
     scheduler_text: String,
 }
 
@@ -62,6 +66,7 @@ impl SavedModel {
             weights: translate_deprecated(&weights)?,
             classes,
             scheduler: Scheduler::from_json(&scheduler, "scheduler_config.json")?,
+            distilled: None,
             scheduler_text: scheduler,
         })
     }
@@ -131,6 +136,7 @@ impl SavedModel {
             weights,
             classes,
             scheduler,
+            distilled: Distilled::read(path, limits)?,
             scheduler_text,
         })
     }
@@ -149,6 +155,9 @@ impl SavedModel {
             std::fs::create_dir_all(folder).map_err(|e| diffusion_core::Error::io(folder, e))?;
         }
         self.classes.write(path)?;
+        if let Some(distilled) = &self.distilled {
+            distilled.write(path)?;
+        }
         write_pipeline(path, &self.pipeline, unet, &self.weights, scheduler)?;
         // As it was read: JSON of Python has words, such as -Infinity, that no value here can hold.
         write_atomic(

@@ -4,9 +4,10 @@ use crate::config::ImageConfig;
 use crate::data::{Dataset, flips};
 use crate::from_nn;
 use candle_core::{DType, Device, Tensor};
-use diffusion_core::denoiser::{Call, Network, TimeCode};
+use diffusion_core::denoiser::{Call, Denoiser, Network, TimeCode};
 use diffusion_core::loss::Denoising;
 use diffusion_core::noise::CounterNoise;
+use diffusion_core::predict::Kind;
 use diffusion_core::train::{Loss, Objective, Source, StepCtx};
 use diffusion_core::{Report, Result};
 use diffusion_nn::net::unet2d::UNet2D;
@@ -69,10 +70,54 @@ impl Source for Images<'_> {
     }
 }
 
+/// A network with its weights in a store, and what it predicts.
+pub(crate) struct Learner {
+    network: UNet2D,
+    /// The weights.
+    pub(crate) store: Store,
+    kind: Kind,
+}
+
+impl Learner {
+    /// A freshly initialised network for a checked configuration.
+    pub(crate) fn new(config: &ImageConfig, device: &Device) -> Result<Self> {
+        config.check()?;
+        let store = Store::new(config.train.seed, DType::F32, device);
+        let mut network = UNet2D::new(&config.network, &store.root()).map_err(from_nn)?;
+        network.set_gradient_checkpointing(config.gradient_checkpointing);
+        Ok(Self {
+            network,
+            store,
+            kind: config.predicts.kind(),
+        })
+    }
+
+    /// The network as a denoiser that is told these labels, `[B]`, of its own.
+    pub(crate) fn denoiser(&self, labels: Option<Tensor>, mode: Mode) -> impl Denoiser + '_ {
+        Network::new(self.kind, TimeCode::Index, move |x: &Tensor, t: &Tensor| {
+            self.network
+                .forward(x, t, labels.as_ref(), mode)
+                .map_err(from_nn)
+        })
+    }
+}
+
+/// How a network runs in training: activations are dropped by the place in the run, apart from the
+/// labels' own draws.
+pub(crate) fn training(ctx: &StepCtx) -> Mode {
+    Mode::Train {
+        key: Key {
+            seed: ctx.seed,
+            stream: stream::DROPOUT,
+            item: u64::MAX - ctx.micro,
+            step: ctx.step,
+        },
+    }
+}
+
 /// A network in training.
 pub struct Task {
-    network: UNet2D,
-    store: Store,
+    learner: Learner,
     objective: Denoising,
     config: ImageConfig,
     device: Device,
@@ -84,18 +129,14 @@ impl Task {
     /// # Errors
     /// `Config` when the configuration is impossible.
     pub fn new(config: &ImageConfig, device: &Device) -> Result<Self> {
-        config.check()?;
-        let store = Store::new(config.train.seed, DType::F32, device);
-        let mut network = UNet2D::new(&config.network, &store.root()).map_err(from_nn)?;
-        network.set_gradient_checkpointing(config.gradient_checkpointing);
+        let learner = Learner::new(config, device)?;
         let objective = Denoising {
             schedule: Arc::new(config.process.table()?),
             weight: config.weight,
             time: config.time,
         };
         Ok(Self {
-            network,
-            store,
+            learner,
             objective,
             config: config.clone(),
             device: device.clone(),
@@ -104,12 +145,12 @@ impl Task {
 
     /// The trainable parameters by name.
     pub fn parameters(&self) -> BTreeMap<String, candle_core::Var> {
-        self.store.named()
+        self.learner.store.named()
     }
 
     /// Number of trainable values.
     pub fn num_parameters(&self) -> usize {
-        self.store.num_parameters()
+        self.learner.store.num_parameters()
     }
 
     /// Labels of a batch, each withheld with the configured probability.
@@ -146,24 +187,7 @@ impl Objective for Task {
             .draw((0..n as usize).map(|i| ctx.time_key(i)));
         let epsilon = ctx.noise(&batch.images.dims()[1..], DType::F32, &self.device)?;
         let labels = self.labels(batch.labels.as_deref(), ctx)?;
-        // Activations are dropped by the place in the run, apart from the labels' own draws.
-        let mode = Mode::Train {
-            key: Key {
-                seed: ctx.seed,
-                stream: stream::DROPOUT,
-                item: u64::MAX - ctx.micro,
-                step: ctx.step,
-            },
-        };
-        let network = Network::new(
-            self.config.predicts.kind(),
-            TimeCode::Index,
-            |x: &Tensor, t: &Tensor| {
-                self.network
-                    .forward(x, t, labels.as_ref(), mode)
-                    .map_err(from_nn)
-            },
-        );
+        let network = self.learner.denoiser(labels, training(ctx));
         let mut noise = CounterNoise::new(ctx.seed, 0..n);
         let mut call = Call {
             noise: &mut noise,

@@ -9,7 +9,6 @@ use clap::Args;
 use diffusion_core::Report;
 use diffusion_core::guide::Clip;
 use diffusion_core::limits::Limits;
-use diffusion_core::sample::SamplerConfig;
 use diffusion_core::train::Cancel;
 use diffusion_images::data::Dataset;
 use diffusion_images::metric::inception::Inception;
@@ -41,11 +40,11 @@ pub struct Evaluate {
     #[arg(short, long)]
     n: Option<usize>,
     /// Sampler, as for `sample`.
-    #[arg(long, default_value = "dpmpp-2m")]
-    sampler: String,
-    /// Steps of the sampler.
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
+    #[arg(long)]
+    sampler: Option<String>,
+    /// Steps of the sampler, as for `sample`.
+    #[arg(long)]
+    steps: Option<usize>,
     /// Classifier-free guidance, for models with classes.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     guidance: f64,
@@ -104,12 +103,12 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let labels = classes(&model, test, count)?;
-    let sampler = SamplerConfig::parse(&args.sampler)?;
+    let way = super::way(&model, args.sampler.as_deref(), args.steps)?;
     let request = SampleRequest {
         count,
-        grid: sampler.usual_grid(&model.table()?),
-        sampler,
-        steps: args.steps,
+        sampler: way.sampler.clone(),
+        grid: way.grid.clone(),
+        steps: way.steps,
         labels: labels.clone(),
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
@@ -124,7 +123,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
         None => None,
     };
     let batches = count.div_ceil(args.batch.max(1));
-    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
+    let mut progress = Progress::new((batches * way.steps) as u64, global.quiet, &cancel);
     let images = model.sample(&request, &mut progress)?;
     progress.done();
     let classifier = Classifier::train(train, &ClassifierConfig::fitted(train))?;

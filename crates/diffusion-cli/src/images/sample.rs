@@ -35,12 +35,13 @@ pub struct Sample {
     /// Number of images.
     #[arg(short, long, default_value_t = 64)]
     n: usize,
-    /// Sampler: a name, or its parameters as JSON.
-    #[arg(long, default_value = "dpmpp-2m")]
-    sampler: String,
-    /// Number of steps.
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
+    /// Sampler: a name, or its parameters as JSON. [default: dpmpp-2m, or what the model was distilled
+    /// for]
+    #[arg(long)]
+    sampler: Option<String>,
+    /// Number of steps. [default: 20, or what the model was distilled for]
+    #[arg(long)]
+    steps: Option<usize>,
     /// Where the steps are: a name, or its parameters as JSON; the sampler's usual grid when absent.
     #[arg(long)]
     grid: Option<String>,
@@ -110,18 +111,22 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let device = device::device(&global.device)?;
-    let sampler = SamplerConfig::parse(&args.sampler)?;
+    // A sampler that does not exist is said before the model is read.
+    if let Some(text) = &args.sampler {
+        SamplerConfig::parse(text)?;
+    }
     let model = ImageModel::open(&args.model, &device)?;
+    let way = super::way(&model, args.sampler.as_deref(), args.steps)?;
     let grid = match &args.grid {
         Some(text) => Grid::parse(text, &model.table()?)?,
-        None => sampler.usual_grid(&model.table()?),
+        None => way.grid,
     };
     let seed = global.seed.unwrap_or(0);
     let request = SampleRequest {
         count: args.n,
-        sampler,
+        sampler: way.sampler,
         grid,
-        steps: args.steps,
+        steps: way.steps,
         labels: labels(args, &model)?,
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
@@ -132,7 +137,7 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
     let batches = args.n.div_ceil(args.batch.max(1));
-    let mut progress = Progress::new((batches * args.steps) as u64, global.quiet, &cancel);
+    let mut progress = Progress::new((batches * way.steps) as u64, global.quiet, &cancel);
     let start = Instant::now();
     let images = model.sample(&request, &mut progress)?;
     progress.done();
@@ -151,8 +156,8 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
         ),
         ("model".to_string(), args.model.display().to_string()),
         ("n".to_string(), args.n.to_string()),
-        ("sampler".to_string(), args.sampler.clone()),
-        ("steps".to_string(), args.steps.to_string()),
+        ("sampler".to_string(), way.name.clone()),
+        ("steps".to_string(), way.steps.to_string()),
         ("grid".to_string(), serde_json::to_string(&request.grid)?),
         ("seed".to_string(), seed.to_string()),
     ];
@@ -165,7 +170,7 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
         out!(
             "{}",
             serde_json::json!({
-                "out": args.out, "n": args.n, "sampler": args.sampler, "steps": args.steps,
+                "out": args.out, "n": args.n, "sampler": way.name, "steps": way.steps,
                 "seed": seed, "seconds": seconds,
             })
         );

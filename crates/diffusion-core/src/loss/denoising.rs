@@ -4,7 +4,7 @@ use super::{TimeLaw, Weight};
 use crate::denoiser::{Call, Denoiser};
 use crate::error::{Report, Result};
 use crate::forward::marginal;
-use crate::predict::target;
+use crate::predict::{Prediction, target};
 use crate::schedule::{Point, Schedule};
 use crate::tensor::{At, Coef, mean_per_item};
 use candle_core::Tensor;
@@ -86,22 +86,53 @@ impl Denoising {
         let at = At::Each(points);
         let x_t = marginal(x0, epsilon, at)?;
         let said = network.predict(&x_t, at, call)?;
-        let error = (said.value - target(said.kind, x0, epsilon, at)?)?;
-        let weights: Vec<f64> = points
-            .iter()
-            .map(|p| self.weight.under(self.schedule.as_ref(), said.kind, p))
-            .collect();
-        if let Some(i) = weights.iter().position(|w| !w.is_finite()) {
-            return Err(Report::new(
-                format!("loss weight {:?}", self.weight),
-                format!("{} at {:?}", weights[i], points[i]),
-            )
-            .expected("a finite weight")
-            .remedy("use another weight, or a schedule that does not reach this level")
-            .config());
-        }
-        Ok((error.sqr()?, Coef::Each(weights)))
+        let weight = |p: &Point| self.weight.under(self.schedule.as_ref(), said.kind, p);
+        squares(&said, x0, epsilon, points, (self.weight, &weight))
     }
+}
+
+/// The weighted squared error of a prediction against known data and noise, an item, `[B]`.
+///
+/// ```text
+/// w(t_i) · mean over dimensions of (ŷ_i − y_i)²,   y_i as in [`target`]
+/// ```
+///
+/// # Shapes
+/// `x0` and `epsilon` `[B, …]`, one point an item.
+///
+/// # Errors
+/// `Config` when the weight is infinite at a point; when shapes differ.
+pub fn weighted_error(
+    said: &Prediction,
+    x0: &Tensor,
+    epsilon: &Tensor,
+    points: &[Point],
+    weight: Weight,
+) -> Result<Tensor> {
+    let on_kind = |p: &Point| weight.on_kind(said.kind, p);
+    let (squares, weights) = squares(said, x0, epsilon, points, (weight, &on_kind))?;
+    weights.times(&mean_per_item(&squares)?)
+}
+
+/// The squared errors, and the weight of each item.
+fn squares(
+    said: &Prediction,
+    x0: &Tensor,
+    epsilon: &Tensor,
+    points: &[Point],
+    (name, weight): (Weight, &dyn Fn(&Point) -> f64),
+) -> Result<(Tensor, Coef)> {
+    let error = (&said.value - target(said.kind, x0, epsilon, At::Each(points))?)?;
+    let weights: Vec<f64> = points.iter().map(weight).collect();
+    if let Some((w, p)) = weights.iter().zip(points).find(|(w, _)| !w.is_finite()) {
+        return Err(
+            Report::new(format!("loss weight {name:?}"), format!("{w} at {p:?}"))
+                .expected("a finite weight")
+                .remedy("use another weight, or a schedule that does not reach this level")
+                .config(),
+        );
+    }
+    Ok((error.sqr()?, Coef::Each(weights)))
 }
 
 #[cfg(test)]
@@ -110,7 +141,7 @@ mod tests {
     use crate::denoiser::from_fn;
     use crate::noise::{CounterNoise, Noise};
     use crate::oracle::Gaussian;
-    use crate::predict::{Kind, Prediction};
+    use crate::predict::Kind;
     use crate::schedule::Vp;
     use crate::tensor::gradient;
     use candle_core::{DType, Device};

@@ -19,7 +19,7 @@ mod time;
 pub mod vdm;
 mod weight;
 
-pub use denoising::Denoising;
+pub use denoising::{Denoising, weighted_error};
 pub use high_order::{HighOrder, Orders};
 pub use hybrid::{Hybrid, HybridLoss, HybridLosses};
 pub use resample::SecondMoment;

@@ -3,8 +3,9 @@
 
 use super::{Ctx, Order, Step};
 use crate::error::Result;
+use crate::predict::{Kind, Prediction};
 use crate::schedule::Point;
-use crate::tensor::{At, lincomb};
+use crate::tensor::{At, combine, lincomb};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,55 @@ pub enum Boundary {
         /// The smallest noise level `ε`, at which `f` is the identity.
         sigma_min: f64,
     },
+}
+
+impl Boundary {
+    /// The jump `f(x, t)`, `[B, …]`, of what the network says about `x`, `[B, …]`.
+    ///
+    /// Under [`Boundary::Edm`] a prediction of another kind is read as the `F` that means the same;
+    /// with unit data and variance-preserving noise that is the velocity with its sign changed.
+    ///
+    /// # Errors
+    /// `Numeric` when the prediction cannot be read this way at a point.
+    pub fn jump(&self, said: &Prediction, x: &Tensor, at: At<'_>) -> Result<Tensor> {
+        match *self {
+            Boundary::None => said.x0(x, at),
+            Boundary::Time {
+                sigma_data,
+                scaling,
+            } => {
+                let root = |p: &Point| (scaling * p.t).hypot(sigma_data);
+                combine(
+                    &at.coef(|p| (sigma_data / root(p)).powi(2)),
+                    x,
+                    &at.coef(|p| scaling * p.t / root(p)),
+                    &said.x0(x, at)?,
+                )
+            }
+            Boundary::Edm {
+                sigma_data,
+                sigma_min,
+            } => {
+                let away = |p: &Point| p.sigma_hat() - sigma_min;
+                let raw = Kind::Edm {
+                    sigma_data,
+                    negative: false,
+                };
+                let value = match said.kind {
+                    Kind::Edm { .. } => said.value.clone(),
+                    _ => said.clone().into_kind(raw, x, at)?.value,
+                };
+                combine(
+                    &at.coef(|p| {
+                        sigma_data.powi(2) / (away(p).powi(2) + sigma_data.powi(2)) / p.alpha
+                    }),
+                    x,
+                    &at.coef(|p| sigma_data * away(p) / p.sigma_hat().hypot(sigma_data)),
+                    &value,
+                )
+            }
+        }
+    }
 }
 
 /// Jump to the data, add noise, and again.
@@ -85,27 +135,7 @@ impl Step for Consistency {
         (): &mut (),
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
-        let x0 = said.x0(x, At::All(*from))?;
-        let jump = match self.boundary {
-            Boundary::None => x0,
-            Boundary::Time {
-                sigma_data,
-                scaling,
-            } => {
-                let s = scaling * from.t;
-                let root = s.hypot(sigma_data);
-                lincomb((sigma_data / root).powi(2), x, s / root, &x0)?
-            }
-            Boundary::Edm {
-                sigma_data,
-                sigma_min,
-            } => {
-                let away = from.sigma_hat() - sigma_min;
-                let skip = sigma_data.powi(2) / (away.powi(2) + sigma_data.powi(2));
-                let out = sigma_data * away / from.sigma_hat().hypot(sigma_data);
-                lincomb(skip / from.alpha, x, out, &said.value)?
-            }
-        };
+        let jump = self.boundary.jump(&said, x, At::All(*from))?;
         let jump = match self.clip {
             Some(bound) => jump.clamp(-bound, bound)?,
             None => jump,

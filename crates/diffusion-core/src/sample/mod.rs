@@ -33,6 +33,7 @@
 //! | [`flow_rk`] | Runge-Kutta on the flow in the schedule's own time, EDM's ablation | 1 to 4 |
 //! | [`ode`] | adaptive Dormand-Prince on the flow | to a tolerance |
 //! | [`inpaint`] | a constraint that pastes what is known | |
+//! | [`partial`], [`fit`] | starts on the way, early stops, true to a measurement | |
 
 pub mod adaptive_sde;
 pub mod analytic;
@@ -50,6 +51,7 @@ pub mod dpm_singlestep;
 pub mod euler;
 pub mod euler_maruyama;
 pub mod exponential;
+pub mod fit;
 pub mod flow_heun;
 pub mod flow_rk;
 pub mod heun;
@@ -67,6 +69,7 @@ pub mod tcd;
 pub mod unipc;
 
 pub use adaptive_sde::AdaptiveSde;
+pub mod partial;
 pub mod reverse;
 
 pub use analytic::{Analytic, Bounds, noise_moments};
