@@ -63,6 +63,12 @@ const SECTIONS: &[Section] = &[
         features: &["figures"],
     },
     Section {
+        name: "sampling",
+        package: "diffusion-images",
+        example: "reproduce-sampling",
+        features: &["figures"],
+    },
+    Section {
         name: "images",
         package: "diffusion-images",
         example: "reproduce-images",
