@@ -145,11 +145,10 @@ fn span(points: &[Point]) -> (f64, f64, Finish) {
 /// The points with the data where a schedule has it in time: one index below a table's first.
 fn in_time(points: &[Point], schedule: &dyn Schedule) -> Vec<Point> {
     let mut points = points.to_vec();
-    if let (Some(last), Some(_)) = (points.last_mut(), schedule.steps()) {
-        if last.sigma == 0.0 {
+    if let (Some(last), Some(_)) = (points.last_mut(), schedule.steps())
+        && last.sigma == 0.0 {
             last.t = -1.0;
         }
-    }
     points
 }
 
