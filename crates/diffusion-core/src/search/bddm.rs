@@ -59,7 +59,7 @@ pub fn step_loss(
     let sound = levels
         .iter()
         .zip(bounds)
-        .all(|(a, b)| *a > 0.0 && *a < 1.0 && *b > 0.0 && *b <= 1.0 - a * a);
+        .all(|(a, b)| *a > 0.0 && *a < 1.0 && *b > 0.0 && *b <= (1.0 - a * a) * (1.0 + 1e-9));
     if !sound || levels.len() != batch || bounds.len() != batch {
         return Err(Report::new(
             "schedule network",
@@ -345,7 +345,7 @@ mod tests {
         }
         let (epsilon, said) = (normal(3, 4), normal(6, 2).reshape((3, 4)).unwrap());
         let ratio = Tensor::new(&[0.2, 0.5, 0.9f64], &Device::Cpu).unwrap();
-        let (levels, bounds) = ([0.8, 0.6, 0.9], [0.2, 0.3, 0.19]);
+        let (levels, bounds) = ([0.8, 0.6, 0.9], [0.2, 0.3, 0.15]);
         for log in [LogTerm::Once, LogTerm::PerDimension] {
             let of = |r: &Tensor| step_loss(r, &epsilon, &said, &levels, &bounds, log);
             let losses = of(&ratio).unwrap().to_vec1::<f64>().unwrap();

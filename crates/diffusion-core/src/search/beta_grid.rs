@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_search_finds_the_least_and_keeps_to_its_bound() {
-        let aim = [3e-3, 2e-2, 0.5];
+        let aim = [3e-3, 2e-2, 0.5f64];
         let score = |betas: &[f64]| -> Result<f64> {
             let pairs = betas.iter().zip(aim);
             Ok(pairs.map(|(a, b)| (a.ln() - b.ln()).powi(2)).sum())
