@@ -43,7 +43,7 @@ impl Progressive {
     /// end in the data.
     pub fn new(teacher: &[Point], weight: Weight) -> Result<Self> {
         let n = teacher.len().saturating_sub(1);
-        if n == 0 || n % 2 != 0 {
+        if n == 0 || !n.is_multiple_of(2) {
             return Err(Report::new("teacher", format!("{n} steps"))
                 .expected("an even number of steps, at least 2")
                 .remedy("give a teacher of twice the student's steps")
@@ -183,7 +183,7 @@ impl Progressive {
 pub fn halvings(from: usize, to: usize) -> Result<Vec<usize>> {
     let mut steps = Vec::new();
     let mut n = from;
-    while to > 0 && n > to && n % 2 == 0 {
+    while to > 0 && n > to && n.is_multiple_of(2) {
         n /= 2;
         steps.push(n);
     }
