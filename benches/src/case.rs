@@ -113,6 +113,7 @@ pub fn specs() -> Vec<Spec> {
     specs.extend(crate::unet::specs());
     specs.extend(crate::csdi::specs());
     specs.extend(crate::diffwave::specs());
+    specs.extend(crate::sampling::specs());
     specs
 }
 

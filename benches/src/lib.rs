@@ -15,6 +15,7 @@ mod optimiser;
 mod training;
 mod unet;
 
+pub mod sampling;
 pub mod serve;
 
 pub use case::{Case, Reference, Spec, Work, find, specs};

@@ -69,6 +69,8 @@ fn one_changed_number_is_noticed() {
             "outputs",
             "target.v_prediction",
         ),
+        ("authors.score_sde.likelihood_vp_gaussian", "outputs", "bpd"),
+        ("authors.score_sde.pc_inpainting_ve", "inputs", "m"),
         (
             "module.unet2d.grad_plain",
             "grads",

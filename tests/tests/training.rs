@@ -49,6 +49,7 @@ fn sample(model: &ImageModel, count: usize, batch: usize) -> Tensor {
         guidance: 2.0,
         clip: Clip::None,
         batch,
+        brownian: false,
         seed: 5,
     };
     model.sample(&request, &mut ()).unwrap()

@@ -76,9 +76,19 @@ fn train_resume_sample_inspect() {
         "heun",
         "edm",
         "dpmpp-1",
+        r#"{"name": "dpm_multistep", "order": 3, "stochastic": true}"#,
     ] {
         sample("s.png", &["--sampler", sampler]);
     }
+    for grid in ["log-snr", r#"{"kind": "karras", "rho": 5}"#] {
+        sample("s.png", &["--grid", grid]);
+    }
+    sample("s.png", &["--sampler", "dpmpp-2m-sde", "--brownian"]);
+    let help = succeeds(&["images", "sample", "--help"], at);
+    assert!(
+        help.contains("unipc-3") && help.contains("quadratic"),
+        "{help}"
+    );
     let texts = diffusion_images::picture::read_texts(&at.join("4.png")).unwrap();
     for (key, value) in [
         ("class", "7"),

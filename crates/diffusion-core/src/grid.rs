@@ -316,6 +316,21 @@ pub const GRIDS: [(&str, &str); 9] = [
 ];
 
 impl Grid {
+    /// A grid by name, or as JSON with its parameters: `{"kind": "karras", "rho": 5}`.
+    ///
+    /// # Errors
+    /// `Config` listing the names, or saying what is wrong in the JSON.
+    pub fn parse(text: &str, schedule: &dyn Schedule) -> Result<Self> {
+        if !text.trim_start().starts_with('{') {
+            return Self::named(text, schedule);
+        }
+        serde_json::from_str(text).map_err(|error| {
+            Report::new("grid", text)
+                .expected(format!("a grid's parameters as JSON ({error})"))
+                .config()
+        })
+    }
+
     /// The grid of this name on a schedule.
     ///
     /// # Errors
@@ -347,6 +362,53 @@ impl Grid {
             }
         })
     }
+}
+
+/// `n` of the noise levels that iDDPM's cosine table of `steps` steps has between two limits, largest
+/// first, evenly spaced in their number (Karras et al. 2022, table 1).
+///
+/// ```text
+/// u_M = 0,   u_{j−1} = √( (u_j² + 1)/max(ᾱ_{j−1}/ᾱ_j, C₁) − 1 ),   ᾱ_j = sin²( π/2 · j/(M (C₂ + 1)) )
+/// ```
+///
+/// # Errors
+/// `Config` when no level lies between the limits.
+pub fn iddpm(
+    (sigma_min, sigma_max): (f64, f64),
+    n: usize,
+    steps: usize,
+    c1: f64,
+    c2: f64,
+) -> Result<Vec<f64>> {
+    let alpha_bar = |j: usize| {
+        (0.5 * std::f64::consts::PI * j as f64 / steps as f64 / (c2 + 1.0))
+            .sin()
+            .powi(2)
+    };
+    // From the cleanest level up, then turned round.
+    let mut levels = vec![0.0f64];
+    let mut last = 0.0f64;
+    for j in (1..=steps).rev() {
+        let ratio = (alpha_bar(j - 1) / alpha_bar(j)).max(c1);
+        last = ((last * last + 1.0) / ratio - 1.0).sqrt();
+        levels.push(last);
+    }
+    levels.reverse();
+    levels.retain(|u| (sigma_min..=sigma_max).contains(u));
+    if levels.is_empty() {
+        return Err(
+            Report::new("iddpm grid", format!("no level of {steps} steps"))
+                .expected(format!("some between {sigma_min} and {sigma_max}"))
+                .config(),
+        );
+    }
+    let stride = (levels.len() - 1) as f64 / n.saturating_sub(1).max(1) as f64;
+    Ok((0..n)
+        .filter_map(|i| {
+            let place = (stride * i as f64).round_ties_even() as usize;
+            levels.get(place).copied()
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -405,6 +467,25 @@ mod tests {
         let root =
             80f64.powf(1.0 / 7.0) + (0.002f64.powf(1.0 / 7.0) - 80f64.powf(1.0 / 7.0)) / 17.0;
         assert!((points[1].sigma - root.powi(7)).abs() < 1e-9);
+    }
+
+    /// The levels of iDDPM are those of the cosine law ᾱ = sin²(…): u = cot, until C₁ bounds a step.
+    #[test]
+    fn iddpm_levels_are_those_of_the_cosine_law() {
+        let (m, c2) = (200, 0.008);
+        let levels = iddpm((0.0, 1e9), m + 1, m, 0.001, c2).unwrap();
+        assert_eq!(levels.len(), m + 1);
+        assert!(levels.windows(2).all(|w| w[0] > w[1]));
+        let angle = |j: usize| 0.5 * std::f64::consts::PI * j as f64 / m as f64 / (1.0 + c2);
+        for j in [150usize, 100, 20] {
+            // ᾱ_M is not 1: the ratio to it is what counts.
+            let bar = (angle(j).sin() / angle(m).sin()).powi(2);
+            let exact = ((1.0 - bar) / bar).sqrt();
+            assert!((levels[j] / exact - 1.0).abs() < 1e-9, "{j}");
+        }
+        let few = iddpm((0.0064, 81.0), 6, m, 0.001, c2).unwrap();
+        assert!(few.len() == 6 && few[0] <= 81.0 && few[5] >= 0.0064);
+        assert!(iddpm((1e8, 1e9), 6, m, 0.001, c2).is_err());
     }
 
     #[test]

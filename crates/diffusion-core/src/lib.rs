@@ -50,6 +50,7 @@ pub mod likelihood;
 pub mod limits;
 pub mod loss;
 pub mod noise;
+pub mod ode;
 pub mod oracle;
 pub mod predict;
 pub mod quadrature;

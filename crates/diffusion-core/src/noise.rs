@@ -1,8 +1,9 @@
 //! Where noise comes from: counter-based streams, or a recording.
 
 use crate::error::{Report, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use diffusion_ops::rng::{Key, stream};
+use rayon::prelude::*;
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -21,8 +22,34 @@ pub trait Noise {
     /// As [`Noise::normal`].
     fn brownian(&mut self, like: &Tensor, from: f64, to: f64) -> Result<Tensor>;
 
+    /// As [`Noise::brownian`], with an interval `(from, to)` of its own for every item: solvers
+    /// whose items have their own steps.
+    ///
+    /// # Errors
+    /// As [`Noise::brownian`], and when there is not one interval an item.
+    fn brownian_each(&mut self, like: &Tensor, spans: &[(f64, f64)]) -> Result<Tensor> {
+        one_span_an_item(like, spans)?;
+        let rows = spans
+            .iter()
+            .enumerate()
+            .map(|(i, (from, to))| Ok(self.brownian(like, *from, *to)?.narrow(0, i, 1)?))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
     /// An independent source for the same batch.
     fn child(&mut self, label: u64) -> Box<dyn Noise>;
+}
+
+fn one_span_an_item(like: &Tensor, spans: &[(f64, f64)]) -> Result<()> {
+    if like.dim(0)? == spans.len() {
+        return Ok(());
+    }
+    Err(
+        Report::new("brownian paths", format!("{} intervals", spans.len()))
+            .expected(format!("one for each of the {} items", like.dim(0)?))
+            .config(),
+    )
 }
 
 /// Noise that depends on the seed, the item and the number of the draw alone.
@@ -58,7 +85,7 @@ impl CounterNoise {
         Self { step, ..self }
     }
 
-    fn fill(&self, like: &Tensor, draw: impl Fn(Key, &mut [f64])) -> Result<Tensor> {
+    fn fill(&self, like: &Tensor, draw: impl Fn(Key, &mut [f64]) + Sync) -> Result<Tensor> {
         let batch = like.dim(0)?;
         if batch as u64 != self.items.end - self.items.start {
             return Err(Report::new("noise", format!("a batch of {batch}"))
@@ -69,24 +96,35 @@ impl CounterNoise {
                 ))
                 .config());
         }
-        let mut values = vec![0.0; like.elem_count()];
-        let size = like.elem_count() / batch.max(1);
-        for (item, row) in self.items.clone().zip(values.chunks_mut(size.max(1))) {
-            draw(
-                Key {
-                    seed: self.seed,
-                    stream: self.stream,
-                    item,
-                    step: self.step,
+        let size = (like.elem_count() / batch.max(1)).max(1);
+        let key = |row: usize| Key {
+            seed: self.seed,
+            stream: self.stream,
+            item: self.items.start + row as u64,
+            step: self.step,
+        };
+        let cpu = candle_core::Device::Cpu;
+        // Rows are independent, so that any number of threads draws the same.
+        let noise = if like.dtype() == DType::F32 {
+            let mut values = vec![0f32; like.elem_count()];
+            values.par_chunks_mut(size).enumerate().for_each_init(
+                || vec![0f64; size],
+                |wide, (row, out)| {
+                    wide.fill(0.0);
+                    draw(key(row), wide);
+                    for (narrow, wide) in out.iter_mut().zip(wide.iter()) {
+                        *narrow = *wide as f32;
+                    }
                 },
-                row,
             );
-        }
-        Ok(
-            Tensor::from_vec(values, like.shape(), &candle_core::Device::Cpu)?
-                .to_dtype(like.dtype())?
-                .to_device(like.device())?,
-        )
+            Tensor::from_vec(values, like.shape(), &cpu)?
+        } else {
+            let mut values = vec![0f64; like.elem_count()];
+            let rows = values.par_chunks_mut(size).enumerate();
+            rows.for_each(|(row, out)| draw(key(row), out));
+            Tensor::from_vec(values, like.shape(), &cpu)?
+        };
+        Ok(noise.to_dtype(like.dtype())?.to_device(like.device())?)
     }
 }
 
@@ -98,15 +136,14 @@ impl Noise for CounterNoise {
     }
 
     fn brownian(&mut self, like: &Tensor, from: f64, to: f64) -> Result<Tensor> {
+        self.fill(like, |key, row| increment(key, (from, to), row))
+    }
+
+    fn brownian_each(&mut self, like: &Tensor, spans: &[(f64, f64)]) -> Result<Tensor> {
+        one_span_an_item(like, spans)?;
         self.fill(like, |key, row| {
-            let key = Key {
-                stream: stream::BROWNIAN ^ key.stream.rotate_left(32),
-                ..key
-            };
-            let (a, b) = (path(key, from, row.len()), path(key, to, row.len()));
-            for ((out, a), b) in row.iter_mut().zip(a).zip(b) {
-                *out = b - a;
-            }
+            let place = key.item.wrapping_sub(self.items.start) as usize;
+            increment(key, spans.get(place).copied().unwrap_or_default(), row);
         })
     }
 
@@ -123,6 +160,22 @@ impl Noise for CounterNoise {
             step: 0,
             ..self.clone()
         })
+    }
+}
+
+/// `W(to) − W(from)` of one item's path.
+fn increment(key: Key, (from, to): (f64, f64), row: &mut [f64]) {
+    if from == to {
+        row.fill(0.0);
+        return;
+    }
+    let key = Key {
+        stream: stream::BROWNIAN ^ key.stream.rotate_left(32),
+        ..key
+    };
+    let (a, b) = (path(key, from, row.len()), path(key, to, row.len()));
+    for ((out, a), b) in row.iter_mut().zip(a).zip(b) {
+        *out = b - a;
     }
 }
 
@@ -236,7 +289,7 @@ impl Noise for RecordedNoise {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     fn rows(items: Range<u64>, draws: usize) -> Vec<Vec<f32>> {
         let like = Tensor::zeros(
@@ -306,6 +359,20 @@ mod tests {
         assert!(cov.abs() < 0.35 * tolerance);
         let back = get(0.9, 0.2);
         assert!(back.iter().zip(&whole).all(|(a, b)| a + b == 0.0));
+    }
+
+    #[test]
+    fn items_may_have_intervals_of_their_own() {
+        let like = Tensor::zeros((3, 5), DType::F64, &Device::Cpu).unwrap();
+        let spans = [(0.1, 0.4), (0.2, 0.2), (0.9, 0.3)];
+        let each = CounterNoise::new(3, 4..7).brownian_each(&like, &spans);
+        let each = each.unwrap().to_vec2::<f64>().unwrap();
+        for (i, (from, to)) in spans.iter().enumerate() {
+            let all = CounterNoise::new(3, 4..7).brownian(&like, *from, *to);
+            assert_eq!(each[i], all.unwrap().to_vec2::<f64>().unwrap()[i]);
+        }
+        let error = CounterNoise::new(3, 4..7).brownian_each(&like, &spans[..2]);
+        assert!(error.unwrap_err().to_string().contains("2 intervals"));
     }
 
     #[test]

@@ -168,6 +168,62 @@ impl Prediction {
         }
     }
 
+    /// `c₀ x̂₀ + c_ε ε̂`, with the noise that makes `x` out of a corrected `x̂₀`, where there is one.
+    ///
+    /// In one pass over the data where both beliefs are combinations of `x` and `value`; samplers
+    /// that step along a straight line need no more.
+    ///
+    /// # Errors
+    /// As [`Prediction::x0`] and [`Prediction::epsilon`].
+    pub fn along(&self, x: &Tensor, p: &Point, c0: f64, c_epsilon: f64) -> Result<Tensor> {
+        match self.linear(p).filter(|_| self.x0.is_none()) {
+            Some([a, b, c, d]) => Ok(diffusion_ops::combine(&[
+                (c0 * a + c_epsilon * c, x),
+                (c0 * b + c_epsilon * d, &self.value),
+            ])?),
+            None => {
+                let at = At::All(*p);
+                let x0 = self.x0(x, at)?;
+                if c_epsilon == 0.0 {
+                    return crate::tensor::lincomb(c0, &x0, 0.0, &x0);
+                }
+                crate::tensor::lincomb(c0, &x0, c_epsilon, &self.epsilon_of_x0(x, at)?)
+            }
+        }
+    }
+
+    /// `[a, b, c, d]` with `x̂₀ = a x + b value` and `ε̂ = c x + d value`, where both are defined.
+    fn linear(&self, p: &Point) -> Option<[f64; 4]> {
+        let (alpha, sigma) = (p.alpha, p.sigma);
+        if alpha == 0.0 || sigma == 0.0 {
+            return None;
+        }
+        let from_x0 = |a: f64, b: f64| [a, b, (1.0 - alpha * a) / sigma, -alpha * b / sigma];
+        Some(match self.kind {
+            Kind::Epsilon => [1.0 / alpha, -sigma / alpha, 0.0, 1.0],
+            Kind::Score => [1.0 / alpha, sigma * sigma / alpha, 0.0, -sigma],
+            Kind::X0 => from_x0(0.0, 1.0),
+            Kind::Velocity => {
+                let n = alpha * alpha + sigma * sigma;
+                [alpha / n, -sigma / n, sigma / n, alpha / n]
+            }
+            Kind::Flow => {
+                let n = alpha + sigma;
+                [1.0 / n, -sigma / n, 1.0 / n, alpha / n]
+            }
+            Kind::Edm {
+                sigma_data,
+                negative,
+            } => {
+                let sign = if negative { -1.0 } else { 1.0 };
+                from_x0(
+                    edm_skip(p.sigma_hat(), sigma_data) / alpha,
+                    sign * edm_out(p.sigma_hat(), sigma_data),
+                )
+            }
+        })
+    }
+
     /// The score `−ε/σ`.
     ///
     /// # Errors
@@ -360,6 +416,31 @@ mod tests {
                 let exact = target(other, &x0, &epsilon, at).unwrap();
                 let e = worst(&there.value, &exact);
                 prop_assert!(e <= 4.0 * bound * scale.max(1.0), "{:?} -> {other:?} off by {e}", KINDS[kind]);
+            }
+        }
+    }
+
+    /// The one pass is the two beliefs, for every kind, corrected or not.
+    #[test]
+    fn along_a_line_both_beliefs_are_one_combination() {
+        let (x0, epsilon) = pair(4, DType::F64);
+        for p in [Point::from_log_snr(0.0, 0.7), Point::new(0.0, 1.0, 3.0)] {
+            let at = At::All(p);
+            let x = combine(&at.coef(|p| p.alpha), &x0, &at.coef(|p| p.sigma), &epsilon).unwrap();
+            for kind in KINDS {
+                let mut said = Prediction::new(kind, target(kind, &x0, &epsilon, at).unwrap());
+                let two = |said: &Prediction| {
+                    let (a, b) = (
+                        said.x0(&x, at).unwrap(),
+                        said.epsilon_of_x0(&x, at).unwrap(),
+                    );
+                    crate::tensor::lincomb(0.3, &a, -1.7, &b).unwrap()
+                };
+                let one = said.along(&x, &p, 0.3, -1.7).unwrap();
+                assert!(worst(&one, &two(&said)) < 1e-13, "{kind:?}");
+                said.x0 = Some(x0.clamp(-0.5, 0.5).unwrap());
+                let one = said.along(&x, &p, 0.3, -1.7).unwrap();
+                assert!(worst(&one, &two(&said)) < 1e-13, "{kind:?}, corrected");
             }
         }
     }

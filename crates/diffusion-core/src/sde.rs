@@ -6,6 +6,10 @@
 //! probability flow   dx/dt = f x − ½ g² ∇log p_t(x)                  (eq. 13)
 //! ```
 
+mod discrete;
+
+pub use discrete::{Discretisation, Kernel};
+
 use crate::error::Result;
 use crate::schedule::Rates;
 use crate::tensor::lincomb;
@@ -33,6 +37,23 @@ pub fn reverse_drift(x: &Tensor, score: &Tensor, rates: &Rates) -> Result<Tensor
 /// When shapes differ.
 pub fn flow_velocity(x: &Tensor, score: &Tensor, rates: &Rates) -> Result<Tensor> {
     lincomb(rates.d_log_alpha, x, -0.5 * rates.g2, score)
+}
+
+/// Drift of the plug-in family of reverse processes, `f x − (1 − λ/2) g² s`; time runs backwards
+/// (Huang, Lim and Courville 2021, section 5).
+///
+/// With the diffusion `√(1 − λ) g` every `λ ∈ [0, 1]` has the marginals of the forward process when
+/// the score is exact: `λ = 0` is the reverse SDE, `λ = 1` the probability flow.
+///
+/// # Errors
+/// When shapes differ.
+pub fn plug_in_drift(x: &Tensor, score: &Tensor, rates: &Rates, lambda: f64) -> Result<Tensor> {
+    lincomb(
+        rates.d_log_alpha,
+        x,
+        -(1.0 - 0.5 * lambda) * rates.g2,
+        score,
+    )
 }
 
 /// One step of Euler and Maruyama backwards over `dt > 0`.

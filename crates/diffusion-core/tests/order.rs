@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // Helper functions of tests, which clippy does not see as such.
 
 use candle_core::{DType, Device, Tensor};
-use diffusion_core::denoiser::Denoiser;
+use diffusion_core::denoiser::{Call, Denoiser};
 use diffusion_core::grid::Grid;
 use diffusion_core::noise::{CounterNoise, Noise};
 use diffusion_core::oracle::{Gaussian, Mixture, order};
@@ -12,6 +12,7 @@ use diffusion_core::sample::{
     Order, Planned, SAMPLERS, SamplerConfig, Solver, Step, Tcd, Variance, prior, sample,
 };
 use diffusion_core::schedule::{BetaSchedule, Edm, Point, Schedule, SubVp, Ve, Vp};
+use diffusion_core::tensor::At;
 use std::sync::Arc;
 
 fn worst(a: &Tensor, b: &Tensor) -> f64 {
@@ -304,9 +305,7 @@ fn jumps_along_the_flow_keep_the_law() {
     let vp = Vp::default();
     let points = Grid::UniformLogSnr.points(&vp, 6).unwrap();
     let map = diffusion_core::denoiser::from_fn(|x: &Tensor, at, _| {
-        let diffusion_core::tensor::At::All(at) = at else {
-            panic!("one point")
-        };
+        let At::All(at) = at else { panic!("one point") };
         let x0 = data.flow(x, &at, &Point::data(0.0))?;
         let kind = diffusion_core::predict::Kind::X0;
         Ok(diffusion_core::predict::Prediction::new(kind, x0))
@@ -365,7 +364,8 @@ fn draw_with(solver: &dyn Solver, model: &dyn Denoiser, points: &[Point], n: usi
     let mut noise = CounterNoise::new(4, 0..1);
     let x = prior(&like, &points[0], &mut noise).unwrap();
     // One item holds all draws, so that noise is drawn in one call.
-    let flat = diffusion_core::denoiser::from_fn(|x: &Tensor, at, call| {
+    let flat = diffusion_core::denoiser::from_fn(|x: &Tensor, at: At<'_>, call: &mut Call<'_>| {
+        let at = At::All(at.points(1)[0]);
         let mut said = model.predict(&x.reshape((n, 1))?, at, call)?;
         said.value = said.value.reshape((1, n))?;
         said.var_mix = Some(x.zeros_like()?);

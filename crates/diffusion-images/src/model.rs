@@ -66,6 +66,8 @@ pub struct SampleRequest {
     pub clip: Clip,
     /// Images computed at a time; the result does not depend on it.
     pub batch: usize,
+    /// Take the noise of steps from one Brownian path an image: a finer grid refines it.
+    pub brownian: bool,
     /// Seed of all noise.
     pub seed: u64,
 }
@@ -309,7 +311,9 @@ impl ImageModel {
             )?;
             let x = prior(&like, &points[0], &mut noise)?;
             let denoiser = self.guided(labels, request)?;
-            parts.push(solver.solve(x, &mut Ctx::new(&*denoiser, &mut noise, items), watch)?);
+            let mut ctx = Ctx::new(&*denoiser, &mut noise, items);
+            ctx.brownian = request.brownian;
+            parts.push(solver.solve(x, &mut ctx, watch)?);
         }
         Ok(Tensor::cat(&parts, 0)?)
     }

@@ -77,6 +77,7 @@ impl Validation {
             guidance: 1.0,
             clip: Clip::Static { range: 1.0 },
             batch: IMAGES,
+            brownian: false,
             seed: self.config.train.seed,
         };
         let images = model.sample(&request, &mut ())?;

@@ -27,6 +27,11 @@ impl Check {
         }
     }
 
+    /// The relative part of the tolerance.
+    pub fn relative(&self) -> f64 {
+        self.tolerance.rel
+    }
+
     /// Compares values with stored ones under the fixture's tolerance.
     pub fn values(&mut self, what: &str, ours: &[f64], stored: &[f64]) {
         let Tolerance { abs, rel } = self.tolerance;

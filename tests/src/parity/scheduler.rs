@@ -39,7 +39,10 @@ const KNOWN: &[&str] = &[
 /// `Unsupported` from the library for what it does not do, and anything that goes wrong.
 pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let scheduler = Scheduler::from_json(&fixture.config_text(), "config")?;
-    if !matches!(fixture.text("loop"), "" | "standard") {
+    if !matches!(
+        fixture.text("loop"),
+        "" | "standard" | "score_ve" | "score_vp"
+    ) {
         return Err(unsupported(format!("the loop {}", fixture.text("loop"))));
     }
     let unknown = fixture.unknown_in_call(KNOWN);
@@ -97,6 +100,7 @@ pub fn run(fixture: &Fixture, check: &mut Check) -> Result<()> {
     let x0s = match (fixture.system.as_str(), scheduler.table()) {
         ("tcd", Some(table)) => down_the_flow(&plan, &request, &calls, table)?,
         ("lcm", _) => jumps(&plan, &calls, &states)?,
+        ("score_sde_ve" | "score_sde_vp", _) => means(fixture, &plan, &states, &noises)?,
         _ => denoised(&plan, &request, &calls, &states, &noises)?,
     };
     check.stack(stored, "x0s", &x0s)
@@ -156,7 +160,8 @@ fn closed_form(fixture: &Fixture, scheduler: &Scheduler, plan: &Plan) -> Result<
         ("alphas_cumprod", Some(table), Frame::Vp) => Coefficients::AlphaBar(table.clone()),
         ("sigma_vp", _, Frame::VpInVe)
         | ("edm", _, Frame::Edm { .. })
-        | ("sigma_flow" | "ipndm", _, Frame::Vp) => Coefficients::Point,
+        | ("sigma_ve", _, Frame::Ve)
+        | ("sigma_flow" | "ipndm" | "sde_vp", _, Frame::Vp) => Coefficients::Point,
         (other, ..) => return Err(unsupported(format!("the coefficients {other:?}"))),
     };
     let learned = fixture
@@ -213,6 +218,45 @@ fn down_the_flow(
         Ok(lincomb(s.alpha, &call.x0, s.sigma, &epsilon)?)
     };
     calls.iter().zip(&plan.moves).map(of).collect()
+}
+
+/// The means of the predictors: their samples without their noise.
+fn means(
+    fixture: &Fixture,
+    plan: &Plan,
+    states: &[Tensor],
+    noises: &[Tensor],
+) -> Result<Vec<Tensor>> {
+    let n = plan.timesteps.len() as f64;
+    let levels = match fixture.outputs.get("discrete_sigmas") {
+        Some(levels) => values(levels)?,
+        None => Vec::new(),
+    };
+    let mut out = Vec::new();
+    let moves = plan.moves.iter().zip(states).zip(noises);
+    for ((planned, state), z) in moves {
+        let Move::Denoise(from, _) = planned else {
+            continue;
+        };
+        let std = if levels.is_empty() {
+            let number = |name: &str| {
+                let value = fixture.config.get(name).and_then(Value::as_f64);
+                value.with_context(|| format!("config.{name} is missing"))
+            };
+            let (low, high) = (number("beta_min")?, number("beta_max")?);
+            ((low + from.t * (high - low)) / n).sqrt()
+        } else {
+            // Points stand in the middle of their level's cell.
+            let index = (from.t * (n - 1.0).max(1.0)) as usize;
+            let below = match index {
+                0 => 0.0,
+                _ => levels[index - 1],
+            };
+            (levels[index].powi(2) - below * below).sqrt()
+        };
+        out.push(lincomb(1.0, state, -std, &z.to_dtype(state.dtype())?)?);
+    }
+    Ok(out)
 }
 
 /// What LCM gives beside its samples: the jump to the data, `c_skip x + c_out x̂₀` over ten times the

@@ -25,7 +25,19 @@ pub fn ema(fixture: &Fixture, check: &mut Check) -> Result<()> {
         check.values("decay", &ours, &values(stored)?);
         return Ok(());
     }
-    let rows = fixture.input("params")?.to_dtype(DType::F32)?;
+    check.stored(
+        &fixture.outputs,
+        "shadow",
+        &averages(rule, fixture.input("params")?)?,
+    )
+}
+
+/// The average after each row of `params [N, D]` but the first, which begins it: `[N − 1, D]`.
+///
+/// # Errors
+/// Those of the average.
+pub fn averages(rule: EmaRule, params: &Tensor) -> Result<Tensor> {
+    let rows = params.to_dtype(DType::F32)?;
     let count = rows.dim(0)?;
     let var = Var::from_tensor(&rows.get(0)?)?;
     let params = BTreeMap::from([("p".to_string(), var.clone())]);
@@ -37,7 +49,7 @@ pub fn ema(fixture: &Fixture, check: &mut Check) -> Result<()> {
         let shadow = average.weights()?.remove("p");
         states.push(shadow.context("the average lost its parameter")?);
     }
-    check.stored(&fixture.outputs, "shadow", &Tensor::stack(&states, 0)?)
+    Ok(Tensor::stack(&states, 0)?)
 }
 
 fn ema_rule(kwargs: &Map<String, Value>) -> Result<EmaRule> {

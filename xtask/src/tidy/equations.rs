@@ -25,6 +25,10 @@ const SECTIONS: &[(&str, usize)] = &[
     ("F3", 10),
     ("F4", 9),
     ("F5", 5),
+    ("F6", 15),
+    ("F7", 24),
+    ("F8", 24),
+    ("F9", 16),
 ];
 
 /// A row of one of the tables.

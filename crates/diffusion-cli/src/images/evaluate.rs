@@ -113,6 +113,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
         batch: args.batch,
+        brownian: false,
         seed,
     };
     let cancel = Cancel::new();

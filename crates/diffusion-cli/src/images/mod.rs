@@ -24,7 +24,7 @@ pub enum Command {
     #[command(after_help = distill::EXAMPLES)]
     Distill(distill::Distill),
     /// Make new images with a trained model.
-    #[command(after_help = sample::EXAMPLES)]
+    #[command(after_help = sample::EXAMPLES, after_long_help = sample::long_help())]
     Sample(sample::Sample),
     /// Measure a model's samples against images that it has not seen.
     #[command(after_help = evaluate::EXAMPLES)]
@@ -43,7 +43,7 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
 
 /// How a model is sampled.
 pub struct Way {
-    /// The sampler's name.
+    /// The sampler's name, or its parameters as JSON.
     pub name: String,
     /// The sampler.
     pub sampler: SamplerConfig,
@@ -65,18 +65,11 @@ pub fn way(model: &ImageModel, sampler: Option<&str>, steps: Option<usize>) -> R
         });
     }
     let name = sampler.unwrap_or("dpmpp-2m");
+    let sampler = SamplerConfig::parse(name)?;
     Ok(Way {
         name: name.into(),
-        sampler: SamplerConfig::named(name)?,
-        grid: usual_grid(name, model)?,
+        grid: sampler.usual_grid(&model.table()?),
+        sampler,
         steps: steps.unwrap_or(20),
-    })
-}
-
-/// The grid that a sampler is usually run on.
-fn usual_grid(sampler: &str, model: &ImageModel) -> Result<Grid> {
-    Ok(match sampler {
-        "heun" | "edm" => Grid::edm(&model.table()?),
-        _ => Grid::Trailing,
     })
 }

@@ -6,9 +6,9 @@ use crate::{Global, device, interrupt};
 use anyhow::Result;
 use clap::Args;
 use diffusion_core::Report;
-use diffusion_core::grid::Grid;
+use diffusion_core::grid::{GRIDS, Grid};
 use diffusion_core::guide::Clip;
-use diffusion_core::sample::SamplerConfig;
+use diffusion_core::sample::{SAMPLERS, SamplerConfig};
 use diffusion_core::train::Cancel;
 use diffusion_images::grid::{GridOptions, sample_grid};
 use diffusion_images::model::{ImageModel, SampleRequest};
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-pub const EXAMPLES: &str = "Samplers: ddpm, ddpm-large, ddim, ddim-eta1, euler, heun, edm, dpmpp-1, dpmpp-2m
+pub const EXAMPLES: &str = "Samplers and grids are listed by --help.
 Examples:
   diffusion images sample --model digits-model -n 64 --out grid.png
   diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
@@ -35,16 +35,20 @@ pub struct Sample {
     /// Number of images.
     #[arg(short, long, default_value_t = 64)]
     n: usize,
-    /// Sampler. [default: dpmpp-2m, or what the model was distilled for]
+    /// Sampler: a name, or its parameters as JSON. [default: dpmpp-2m, or what the model was distilled
+    /// for]
     #[arg(long)]
     sampler: Option<String>,
     /// Number of steps. [default: 20, or what the model was distilled for]
     #[arg(long)]
     steps: Option<usize>,
-    /// Where the steps are: leading, trailing, linspace, karras, edm (karras from at most 80),
-    /// exponential or log-snr; the sampler's usual one when absent.
+    /// Where the steps are: a name, or its parameters as JSON; the sampler's usual grid when absent.
     #[arg(long)]
     grid: Option<String>,
+    /// Draw the noise of a sampler's steps from one Brownian path an image, so that more steps refine
+    /// the same picture. Slower.
+    #[arg(long)]
+    brownian: bool,
     /// Class name or index, or `all` for one after the other; the withheld label when absent.
     #[arg(long)]
     class: Option<String>,
@@ -69,28 +73,20 @@ fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
-fn grid(args: &Sample, model: &ImageModel, usual: Grid) -> Result<Grid> {
-    let Some(name) = args.grid.as_deref() else {
-        return Ok(usual);
-    };
-    Ok(match name {
-        "leading" => Grid::Leading { offset: 0 },
-        "trailing" => Grid::Trailing,
-        "linspace" => Grid::Linspace,
-        "karras" => Grid::karras(),
-        "edm" => Grid::edm(&model.table()?),
-        "exponential" => Grid::Exponential {
-            sigma_min: None,
-            sigma_max: None,
-        },
-        "log-snr" => Grid::UniformLogSnr,
-        other => {
-            return Err(Report::new("--grid", other)
-                .expected("leading, trailing, linspace, karras, edm, exponential or log-snr")
-                .config()
-                .into());
-        }
-    })
+/// The examples, and every sampler and grid with what it is.
+pub fn long_help() -> String {
+    let mut text = String::from("Samplers:\n");
+    for sampler in SAMPLERS {
+        text += &format!("  {:<19} {}\n", sampler.name, sampler.about);
+    }
+    text += "Grids:\n";
+    for (name, about) in GRIDS {
+        text += &format!("  {name:<19} {about}\n");
+    }
+    text += "Both also take their parameters as JSON, for example\n  \
+             --sampler '{\"name\": \"dpm_multistep\", \"order\": 3, \"stochastic\": true}'\n  \
+             --grid '{\"kind\": \"karras\", \"rho\": 5}'\n";
+    text + EXAMPLES
 }
 
 fn labels(args: &Sample, model: &ImageModel) -> Result<Option<Vec<u32>>> {
@@ -115,22 +111,27 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let device = device::device(&global.device)?;
-    // A name that does not exist is said before the model is read.
-    if let Some(name) = &args.sampler {
-        SamplerConfig::named(name)?;
+    // A sampler that does not exist is said before the model is read.
+    if let Some(text) = &args.sampler {
+        SamplerConfig::parse(text)?;
     }
     let model = ImageModel::open(&args.model, &device)?;
     let way = super::way(&model, args.sampler.as_deref(), args.steps)?;
+    let grid = match &args.grid {
+        Some(text) => Grid::parse(text, &model.table()?)?,
+        None => way.grid,
+    };
     let seed = global.seed.unwrap_or(0);
     let request = SampleRequest {
         count: args.n,
         sampler: way.sampler,
-        grid: grid(args, &model, way.grid)?,
+        grid,
         steps: way.steps,
         labels: labels(args, &model)?,
         guidance: args.guidance,
         clip: Clip::Static { range: 1.0 },
         batch: args.batch,
+        brownian: args.brownian,
         seed,
     };
     let cancel = Cancel::new();

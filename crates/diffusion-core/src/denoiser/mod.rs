@@ -1,21 +1,36 @@
 //! What the network believes at a point: the third of the four nouns.
 //!
 //! A [`Denoiser`] takes a noisy batch and where it stands, and says what it thinks
-//! ([`Prediction`]). Guidance and thresholding ([`crate::guide`]) and EDM's preconditioning
-//! ([`edm`]) are denoisers that wrap a denoiser; a conditional model is one that holds its
-//! condition.
+//! ([`Prediction`]). Guidance and thresholding ([`crate::guide`]) are denoisers that wrap a denoiser;
+//! a conditional model is one that holds its condition.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`network`] | a network that is told the time in its own code |
+//! | [`edm`] | EDM's preconditioning |
+//! | [`precondition`] | networks behind other scalings |
+//! | `vp_precond`, `ve_precond`, `iddpm_precond` | the scalings of the families that EDM compares |
+//! | [`frame`] | a VP network inside a VE sampler |
 
 pub mod edm;
 pub mod frame;
+mod iddpm_precond;
 pub mod learned_variance;
 pub mod network;
+pub mod precondition;
 pub mod previous;
+mod ve_precond;
+mod vp_precond;
 
 pub use edm::EdmNetwork;
 pub use frame::VpInVe;
+pub use iddpm_precond::IddpmPrecond;
 pub use learned_variance::LearnedVariance;
 pub use network::{Network, TimeCode};
+pub use precondition::{Preconditioned, Preconditioner, Scalings};
 pub use previous::PreviousX;
+pub use ve_precond::VePrecond;
+pub use vp_precond::VpPrecond;
 
 use crate::error::Result;
 use crate::noise::Noise;

@@ -151,6 +151,18 @@ pub fn categorical_log_prob(
     Ok(all.gather(&index, D::Minus1)?.squeeze(D::Minus1)?)
 }
 
+/// The most probable level of every value, u32 in the shape of `z`: a sample of VDM from its
+/// cleanest latent.
+///
+/// # Shapes
+/// As [`categorical`].
+///
+/// # Errors
+/// As [`categorical`].
+pub fn most_probable(z: &Tensor, gamma0: &Tensor, levels: usize) -> Result<Tensor> {
+    Ok(categorical(z, gamma0, levels)?.argmax(D::Minus1)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,6 +222,9 @@ mod tests {
             .to_vec1::<f64>()
             .unwrap();
         assert_eq!(picked, [all[0][3], all[1][0]]);
+        // 0.2 lies nearest to the middle of level 4, 2/7; −1.4 is below them all.
+        let best = most_probable(&z, &g, k).unwrap().to_vec1::<u32>().unwrap();
+        assert_eq!(best, [4, 0]);
         let outside = Tensor::new(&[7.0, 0.0f64], &Device::Cpu).unwrap();
         assert!(categorical_log_prob(&outside, &z, &g, k).is_err());
     }

@@ -210,5 +210,5 @@ impl Bound {
 }
 
 #[cfg(test)]
-#[path = "vlb_tests.rs"]
+#[path = "tests/vlb.rs"]
 mod tests;

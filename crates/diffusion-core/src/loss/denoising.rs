@@ -49,10 +49,45 @@ impl Denoising {
         points: &[Point],
         call: &mut Call<'_>,
     ) -> Result<Tensor> {
+        let (squares, weights) = self.squares(network, x0, epsilon, points, call)?;
+        weights.times(&mean_per_item(&squares)?)
+    }
+
+    /// The weighted loss of every entry, shaped as `x0`: the terms whose mean over the dimensions is
+    /// [`Denoising::losses`].
+    ///
+    /// ```text
+    /// loss_id = w(t_i) (ŷ_id − y_id)²
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Denoising::losses`].
+    pub fn entries(
+        &self,
+        network: &dyn Denoiser,
+        x0: &Tensor,
+        epsilon: &Tensor,
+        points: &[Point],
+        call: &mut Call<'_>,
+    ) -> Result<Tensor> {
+        let (squares, weights) = self.squares(network, x0, epsilon, points, call)?;
+        weights.times(&squares)
+    }
+
+    /// The squared errors, and the weight of each item.
+    fn squares(
+        &self,
+        network: &dyn Denoiser,
+        x0: &Tensor,
+        epsilon: &Tensor,
+        points: &[Point],
+        call: &mut Call<'_>,
+    ) -> Result<(Tensor, Coef)> {
         let at = At::Each(points);
         let x_t = marginal(x0, epsilon, at)?;
         let said = network.predict(&x_t, at, call)?;
-        weighted_error(&said, x0, epsilon, points, self.weight)
+        let weight = |p: &Point| self.weight.under(self.schedule.as_ref(), said.kind, p);
+        squares(&said, x0, epsilon, points, (self.weight, &weight))
     }
 }
 
@@ -74,20 +109,30 @@ pub fn weighted_error(
     points: &[Point],
     weight: Weight,
 ) -> Result<Tensor> {
+    let on_kind = |p: &Point| weight.on_kind(said.kind, p);
+    let (squares, weights) = squares(said, x0, epsilon, points, (weight, &on_kind))?;
+    weights.times(&mean_per_item(&squares)?)
+}
+
+/// The squared errors, and the weight of each item.
+fn squares(
+    said: &Prediction,
+    x0: &Tensor,
+    epsilon: &Tensor,
+    points: &[Point],
+    (name, weight): (Weight, &dyn Fn(&Point) -> f64),
+) -> Result<(Tensor, Coef)> {
     let error = (&said.value - target(said.kind, x0, epsilon, At::Each(points))?)?;
-    let weights: Vec<f64> = points
-        .iter()
-        .map(|p| weight.on_kind(said.kind, p))
-        .collect();
+    let weights: Vec<f64> = points.iter().map(weight).collect();
     if let Some((w, p)) = weights.iter().zip(points).find(|(w, _)| !w.is_finite()) {
         return Err(
-            Report::new(format!("loss weight {weight:?}"), format!("{w} at {p:?}"))
+            Report::new(format!("loss weight {name:?}"), format!("{w} at {p:?}"))
                 .expected("a finite weight")
                 .remedy("use another weight, or a schedule that does not reach this level")
                 .config(),
         );
     }
-    Coef::Each(weights).times(&mean_per_item(&error.sqr()?)?)
+    Ok((error.sqr()?, Coef::Each(weights)))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! How much each noise level counts.
 
 use crate::predict::{Kind, edm_out};
-use crate::schedule::Point;
+use crate::schedule::{Point, Schedule};
 use serde::{Deserialize, Serialize};
 
 /// A weight, named by the loss that it gives. `SNR = α²/σ²`.
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 /// | `min_snr` (Hang et al. 2023) | min(SNR, γ)/SNR | min(SNR, γ) |
 /// | `p2` (Choi et al. 2022) | 1/(k + SNR)^γ | SNR/(k + SNR)^γ |
 /// | `edm` (Karras et al. 2022) | (σ̂² + s_d²)/s_d² | 1/σ̂² + 1/s_d² |
+/// | `likelihood` (Song, Durkan, Murray and Ermon 2021) | g²/σ² | g² α²/σ⁴ |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Weight {
@@ -44,9 +45,23 @@ pub enum Weight {
         /// Standard deviation of the data.
         sigma_data: f64,
     },
+    /// Twice the bound on the likelihood: `g² ‖s error‖²`. Only [`Weight::under`] knows it, for `g` is
+    /// the schedule's; without the schedule it is not a number.
+    Likelihood,
 }
 
 impl Weight {
+    /// The weight on the squared error of what a network predicts at a point of a schedule.
+    pub fn under(&self, schedule: &dyn Schedule, kind: Kind, p: &Point) -> f64 {
+        match self {
+            Weight::Likelihood => {
+                let rate = schedule.rates(p.t).g2 / p.sigma.powi(2);
+                rate * Weight::Simple.on_kind(kind, p)
+            }
+            known => known.on_kind(kind, p),
+        }
+    }
+
     /// The weight on the squared error of `ε`.
     pub fn on_epsilon(&self, p: &Point) -> f64 {
         let snr = p.snr();
@@ -58,6 +73,7 @@ impl Weight {
             Weight::MinSnr { gamma } => (gamma / snr).min(1.0),
             Weight::P2 { gamma, k } => (k + snr).powf(-gamma),
             Weight::Edm { sigma_data } => (p.sigma_hat() / sigma_data).powi(2) + 1.0,
+            Weight::Likelihood => f64::NAN,
         }
     }
 
@@ -72,6 +88,7 @@ impl Weight {
             Weight::MinSnr { gamma } => snr.min(gamma),
             Weight::P2 { gamma, k } => snr * (k + snr).powf(-gamma),
             Weight::Edm { sigma_data } => p.sigma_hat().powi(-2) + sigma_data.powi(-2),
+            Weight::Likelihood => f64::NAN,
         }
     }
 
@@ -147,6 +164,30 @@ mod tests {
                 close(Weight::Edm { sigma_data }.on_kind(kind, &p), 1.0);
             }
         }
+    }
+
+    /// `g² ‖s error‖²` for every way of saying it.
+    #[test]
+    fn the_likelihood_weight_is_that_of_the_score() {
+        use crate::schedule::{SubVp, Ve, Vp};
+        let schedules: [&dyn Schedule; 3] = [&Vp::default(), &SubVp::default(), &Ve::default()];
+        for schedule in schedules {
+            let p = schedule.at(0.4);
+            let g2 = schedule.rates(0.4).g2;
+            let under = |kind| Weight::Likelihood.under(schedule, kind, &p);
+            assert!((under(Kind::Score) / g2 - 1.0).abs() < 1e-12);
+            // An error e of ε is one of −e/σ of the score, and one of −σ e/α of x₀.
+            assert!((under(Kind::Epsilon) / (g2 / p.sigma.powi(2)) - 1.0).abs() < 1e-12);
+            let on_x0 = under(Kind::Epsilon) * p.snr();
+            assert!((under(Kind::X0) / on_x0 - 1.0).abs() < 1e-12);
+            let simple = Weight::Simple.under(schedule, Kind::Epsilon, &p);
+            assert_eq!(simple, 1.0);
+        }
+        assert!(
+            Weight::Likelihood
+                .on_epsilon(&Vp::default().at(0.4))
+                .is_nan()
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! DDPM's ancestral sampling (Ho, Jain and Abbeel 2020, algorithm 2).
 
-use super::reverse::{Hop, log_variance};
+use super::reverse::{Hop, Mean, log_variance};
 use super::{Ctx, Order, Step};
 use crate::error::Result;
 use crate::forward::{posterior, transition};
@@ -61,6 +61,8 @@ impl Variance {
 pub struct Ancestral {
     /// The variance of a step.
     pub variance: Variance,
+    /// Where the mean of a step comes from.
+    pub mean: Mean,
     /// Add noise even to the data when the last step does not start from index 0. Diffusers does;
     /// with [`Variance::FixedLarge`] on a coarse grid the result is then visibly noisy.
     pub noise_into_data: bool,
@@ -83,7 +85,10 @@ impl Step for Ancestral {
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
         let p = posterior(from, to);
-        let x0 = said.x0(x, At::All(*from))?;
+        let x0 = match self.mean {
+            Mean::Posterior => said.x0(x, At::All(*from))?,
+            Mean::Network => said.raw_x0(x, At::All(*from))?,
+        };
         let into_data = to.sigma == 0.0;
         if into_data && !(self.noise_into_data && from.t > 0.0) {
             return lincomb(p.x, x, p.x0, &x0);
@@ -159,6 +164,32 @@ mod tests {
             let exact = p.x * x + (p.variance * beta).powf(0.25) * z;
             assert!((y - exact).abs() < 1e-12, "{y} {exact}");
         }
+    }
+
+    /// A clip moves the mean that follows from `x₀`, and not the one that the network predicts.
+    #[test]
+    fn a_predicted_mean_is_not_clipped() {
+        let (from, to) = (Point::from_log_snr(3.0, 1.0), Point::data(-1.0));
+        let model = from_fn(|x: &Tensor, _, _| {
+            Ok(Prediction {
+                x0: Some(x.zeros_like()?),
+                ..Prediction::new(Kind::X0, x.affine(2.0, 0.0)?)
+            })
+        });
+        let x = Tensor::new(&[[0.75f64]], &Device::Cpu).unwrap();
+        let run = |mean| {
+            let mut noise = CounterNoise::new(1, 0..1);
+            let mut ctx = Ctx::new(&model, &mut noise, 0..1);
+            let sampler = Ancestral {
+                mean,
+                ..Ancestral::default()
+            };
+            let y = sampler.step(&x, &from, &to, &mut ctx, &mut ()).unwrap();
+            y.to_vec2::<f64>().unwrap()[0][0]
+        };
+        // The last step goes to the predicted data themselves.
+        assert!(run(Mean::Posterior).abs() < 1e-12);
+        assert!((run(Mean::Network) - 1.5).abs() < 1e-12);
     }
 
     #[test]

@@ -58,6 +58,9 @@ impl Step for Ddim {
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
         let at = At::All(*from);
+        if self.eta == 0.0 && (said.x0.is_none() || self.direction == Direction::Rederived) {
+            return said.along(x, from, to.alpha, to.sigma);
+        }
         let x0 = said.x0(x, at)?;
         let epsilon = match self.direction {
             Direction::Predicted => said.epsilon(x, at)?,

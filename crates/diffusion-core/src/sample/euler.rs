@@ -3,7 +3,6 @@
 use super::{Churn, Ctx, Order, Step};
 use crate::error::Result;
 use crate::schedule::Point;
-use crate::tensor::{At, lincomb};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -41,12 +40,6 @@ impl Step for Euler {
         (): &mut (),
     ) -> Result<Tensor> {
         let (x, from, said) = self.churn.raise(x, from, ctx)?;
-        let at = At::All(from);
-        lincomb(
-            to.alpha,
-            &said.x0(&x, at)?,
-            to.sigma,
-            &said.epsilon_of_x0(&x, at)?,
-        )
+        said.along(&x, &from, to.alpha, to.sigma)
     }
 }

@@ -86,6 +86,18 @@ pub fn weights(from: &Point, to: &Point, belief: Belief, stochastic: bool) -> We
                 },
             }
         }
+        // Into the data h is infinite, σ_to e^h = α_to σ/α stays, and noise would be left in it.
+        Belief::Epsilon if to.sigma == 0.0 => {
+            let d0 = -to.alpha * from.sigma_hat();
+            Weights {
+                x: to.alpha / from.alpha,
+                d0,
+                d1: d0,
+                midpoint: 0.5 * d0,
+                d2: 0.5 * d0,
+                noise: 0.0,
+            }
+        }
         Belief::Epsilon => {
             let b = h.exp_m1();
             Weights {

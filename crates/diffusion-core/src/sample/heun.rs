@@ -3,7 +3,7 @@
 use super::{Churn, Ctx, Order, Step};
 use crate::error::Result;
 use crate::schedule::Point;
-use crate::tensor::{At, lincomb};
+use crate::tensor::At;
 use candle_core::Tensor;
 use diffusion_ops::combine;
 use serde::{Deserialize, Serialize};
@@ -45,7 +45,7 @@ impl Step for Heun {
         let (x, from, said) = self.churn.raise(x, from, ctx)?;
         let at = At::All(from);
         let slope = said.epsilon_of_x0(&x, at)?;
-        let euler = lincomb(to.alpha, &said.x0(&x, at)?, to.sigma, &slope)?;
+        let euler = said.along(&x, &from, to.alpha, to.sigma)?;
         if to.sigma == 0.0 || from.alpha == 0.0 {
             return Ok(euler);
         }

@@ -70,14 +70,13 @@ impl Step for Kdpm2 {
         memory: &mut Self::Memory,
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
-        let at = At::All(*from);
-        let epsilon = said.epsilon_of_x0(x, at)?;
         let Some((first, start)) = memory.take() else {
             if to.sigma > 0.0 {
                 *memory = Some((x.clone(), *from));
             }
-            return lincomb(to.alpha, &said.x0(x, at)?, to.sigma, &epsilon);
+            return said.along(x, from, to.alpha, to.sigma);
         };
+        let epsilon = said.epsilon_of_x0(x, At::All(*from))?;
         let (down, up) = ancestral_levels(&start, to, self.eta);
         let slope = down - to.alpha * start.sigma_hat();
         let keep = to.alpha / start.alpha;

@@ -20,6 +20,8 @@ pub struct MeanGuided<F> {
     pub chain: Chain,
     /// The variance of a step.
     pub variance: Variance,
+    /// Where the mean comes from, before it is shifted.
+    pub mean: Mean,
     /// `log p(y | x_t)` of every element, `[B]`, differentiable in `x_t`.
     pub log_prob: F,
     /// The scale `s`.
@@ -41,13 +43,7 @@ impl<F: Fn(&Tensor, At<'_>) -> Result<Tensor>> MeanGuided<F> {
     pub fn law(&self, x: &Tensor, from: &Point, to: &Point, ctx: &mut Ctx<'_>) -> Result<Reverse> {
         let hop = self.hop(from, to);
         let said = ctx.denoise(x, from)?;
-        let law = Reverse::of(
-            &said,
-            x,
-            &vec![hop; x.dim(0)?],
-            self.variance,
-            Mean::Posterior,
-        )?;
+        let law = Reverse::of(&said, x, &vec![hop; x.dim(0)?], self.variance, self.mean)?;
         let slope = gradient(x, |x| Ok((self.log_prob)(x, At::All(*from))?.sum_all()?))?;
         // The borrowed variance of the last step is a logarithm's: the small one itself is zero.
         let still = hop.into_data() && self.variance == Variance::FixedSmall;
@@ -112,6 +108,7 @@ mod tests {
         let guided = MeanGuided {
             chain: Chain::new(&points).unwrap(),
             variance: Variance::FixedLarge,
+            mean: Mean::Posterior,
             log_prob,
             scale: 1.0,
         };

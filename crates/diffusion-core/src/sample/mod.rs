@@ -25,11 +25,22 @@
 //! | [`flow_heun`] | Heun on straight paths | 2 |
 //! | [`consistency`] | LCM, consistency models, any few-step `x₀` map | stochastic |
 //! | [`tcd`] | trajectory consistency sampling | stochastic |
+//! | [`euler_maruyama`] | reverse SDE, probability flow and what lies between | stochastic; 1 on the flow |
+//! | [`reverse_diffusion`] | reverse SDE discretised as its forward SDE is | stochastic |
+//! | [`ancestral_score`] | ancestral sampling written with the score, DDPM and SMLD | stochastic |
+//! | [`adaptive_sde`] | reverse SDE with adaptive steps | stochastic |
+//! | [`langevin`] | correctors, predictor-corrector plans, annealed Langevin dynamics | stochastic |
+//! | [`flow_rk`] | Runge-Kutta on the flow in the schedule's own time, EDM's ablation | 1 to 4 |
+//! | [`ode`] | adaptive Dormand-Prince on the flow | to a tolerance |
+//! | [`inpaint`] | a constraint that pastes what is known | |
 //! | [`partial`], [`fit`] | starts on the way, early stops, true to a measurement | |
 
+pub mod adaptive_sde;
 pub mod analytic;
 pub mod ancestral;
+pub mod ancestral_score;
 pub mod churn;
+pub mod config;
 pub mod consistency;
 pub mod ddim;
 pub mod deis;
@@ -38,24 +49,34 @@ pub mod dpm_multistep;
 pub mod dpm_pp_sde;
 pub mod dpm_singlestep;
 pub mod euler;
+pub mod euler_maruyama;
 pub mod exponential;
 pub mod fit;
 pub mod flow_heun;
+pub mod flow_rk;
 pub mod heun;
+pub mod inpaint;
 pub mod kdpm2;
+pub mod langevin;
 pub mod mean_guided;
-pub mod partial;
+pub mod ode;
 mod plan;
 pub mod pndm;
 mod registry;
-pub mod reverse;
+pub mod reverse_diffusion;
 pub mod sa_solver;
 pub mod tcd;
 pub mod unipc;
 
+pub use adaptive_sde::AdaptiveSde;
+pub mod partial;
+pub mod reverse;
+
 pub use analytic::{Analytic, Bounds, noise_moments};
 pub use ancestral::{Ancestral, Variance};
+pub use ancestral_score::AncestralScore;
 pub use churn::{Churn, ChurnOrder};
+pub use config::SamplerConfig;
 pub use consistency::{Boundary, Consistency};
 pub use ddim::{Ddim, Direction};
 pub use deis::{Basis, Deis};
@@ -64,15 +85,21 @@ pub use dpm_multistep::{DpmMultistep, Third};
 pub use dpm_pp_sde::DpmPpSde;
 pub use dpm_singlestep::DpmSinglestep;
 pub use euler::Euler;
+pub use euler_maruyama::EulerMaruyama;
 pub use exponential::{Belief, Rule};
 pub use flow_heun::FlowHeun;
+pub use flow_rk::FlowRk;
 pub use heun::Heun;
+pub use inpaint::Inpaint;
 pub use kdpm2::{Kdpm2, kdpm2_points};
+pub use langevin::{Langevin, Norms, StepSize};
 pub use mean_guided::MeanGuided;
+pub use ode::{Finish, FlowOde};
 pub use plan::{Constraint, Corrector, Move, Planned};
 pub use pndm::{Ipndm, Pndm, Start};
-pub use registry::{Named, SAMPLERS, SamplerConfig, names};
+pub use registry::{Named, SAMPLERS, names};
 pub use reverse::{Chain, Hop, Mean, Reverse};
+pub use reverse_diffusion::ReverseDiffusion;
 pub use sa_solver::{SaSolver, Tau};
 pub use tcd::Tcd;
 pub use unipc::{UniPc, UniPcB};
@@ -158,6 +185,20 @@ impl<'a> Ctx<'a> {
             tracked: false,
         };
         self.denoiser.predict(x, At::All(*at), &mut call)
+    }
+
+    /// Asks the model about every item at a point of its own.
+    ///
+    /// # Errors
+    /// Whatever the model refuses.
+    pub fn denoise_each(&mut self, x: &Tensor, points: &[Point]) -> Result<Prediction> {
+        self.calls += 1;
+        let mut call = Call {
+            noise: self.noise,
+            items: self.items.clone(),
+            tracked: false,
+        };
+        self.denoiser.predict(x, At::Each(points), &mut call)
     }
 }
 

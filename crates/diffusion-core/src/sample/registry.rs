@@ -1,54 +1,12 @@
 //! Samplers by name, for configurations and command lines.
 
+use super::config::{ByScore, RungeKutta, Tolerance};
 use super::{
     Ancestral, Basis, Belief, Churn, Consistency, Ddim, Deis, Direction, DpmAdaptive, DpmMultistep,
-    DpmPpSde, DpmSinglestep, Euler, FlowHeun, Heun, Ipndm, Kdpm2, Order, Planned, Pndm, SaSolver,
-    Solver, Start, Step, Tcd, Third, UniPc, UniPcB, Variance, dpm_adaptive, kdpm2_points,
+    DpmPpSde, DpmSinglestep, Euler, EulerMaruyama, FlowHeun, Heun, Ipndm, Kdpm2, Pndm, SaSolver,
+    SamplerConfig, Start, Tcd, Third, UniPc, UniPcB, Variance,
 };
 use crate::error::{Report, Result};
-use crate::schedule::{Edm, Point, Schedule};
-use serde::{Deserialize, Serialize};
-use std::sync::Arc;
-
-/// A sampler and its parameters.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
-pub enum SamplerConfig {
-    /// [`Ancestral`].
-    Ddpm(Ancestral),
-    /// [`Ddim`].
-    Ddim(Ddim),
-    /// [`Euler`].
-    Euler(Euler),
-    /// [`Heun`].
-    Heun(Heun),
-    /// [`Kdpm2`].
-    Kdpm2(Kdpm2),
-    /// [`DpmMultistep`].
-    DpmMultistep(DpmMultistep),
-    /// [`DpmSinglestep`].
-    DpmSinglestep(DpmSinglestep),
-    /// [`DpmAdaptive`].
-    DpmAdaptive(DpmAdaptive),
-    /// [`DpmPpSde`].
-    DpmPpSde(DpmPpSde),
-    /// [`Deis`].
-    Deis(Deis),
-    /// [`UniPc`].
-    UniPc(UniPc),
-    /// [`Pndm`].
-    Pndm(Pndm),
-    /// [`Ipndm`].
-    Ipndm(Ipndm),
-    /// [`SaSolver`].
-    SaSolver(SaSolver),
-    /// [`FlowHeun`].
-    FlowHeun(FlowHeun),
-    /// [`Consistency`].
-    Consistency(Consistency),
-    /// [`Tcd`].
-    Tcd(Tcd),
-}
 
 /// A named sampler.
 pub struct Named {
@@ -163,6 +121,13 @@ pub const SAMPLERS: &[Named] = samplers![
     "ipndm", "DDIM with extrapolated noise", SamplerConfig::Ipndm(Ipndm::default());
     "sa-solver", "SA-Solver, predictor and corrector of order 2, tau = 1", SamplerConfig::SaSolver(SaSolver::default());
     "flow-heun", "Heun on straight paths, two calls a step", SamplerConfig::FlowHeun(FlowHeun::default());
+    "em", "Euler-Maruyama on the reverse SDE", SamplerConfig::EulerMaruyama(EulerMaruyama::default());
+    "em-flow", "Euler on the probability flow in time", SamplerConfig::EulerMaruyama(EulerMaruyama { lambda: 1.0, ..EulerMaruyama::default() });
+    "reverse-diffusion", "the reverse SDE discretised as its forward SDE is", SamplerConfig::PredictorCorrector(ByScore::default());
+    "pc", "reverse diffusion with a Langevin correction, two calls a step", SamplerConfig::PredictorCorrector(ByScore { flow: false, corrections: 1, ratio: 0.16 });
+    "flow-rk4", "Runge-Kutta of order 4 on the flow in time, four calls a step", SamplerConfig::FlowRk(RungeKutta::default());
+    "rk45", "adaptive Dormand-Prince on the flow", SamplerConfig::FlowOde(Tolerance::default());
+    "adaptive-sde", "the reverse SDE with adaptive steps", SamplerConfig::AdaptiveSde(Tolerance { relative: 0.02, absolute: 2.0 / 256.0 });
     "consistency", "jumps to the data with fresh noise between", SamplerConfig::Consistency(Consistency::default());
     "tcd", "trajectory consistency sampling, gamma = 0.3", SamplerConfig::Tcd(Tcd::default());
 ];
@@ -187,100 +152,19 @@ impl SamplerConfig {
         }
     }
 
-    /// The same sampler without its cautious end of lower orders, which costs an order on fine grids.
-    pub fn without_cautious_end(mut self) -> Self {
-        match &mut self {
-            Self::DpmMultistep(step) => step.lower_order_final = false,
-            Self::DpmSinglestep(step) => step.lower_order_final = false,
-            Self::Deis(step) => step.lower_order_final = false,
-            Self::UniPc(step) => step.lower_order_final = false,
-            Self::SaSolver(step) => step.lower_order_final = false,
-            _ => {}
-        }
-        self
-    }
-
-    /// The order of the method on smooth problems.
-    pub fn order(&self) -> Order {
-        match self {
-            Self::Ddpm(step) => step.order(),
-            Self::Ddim(step) => step.order(),
-            Self::Euler(step) => step.order(),
-            Self::Heun(step) => step.order(),
-            Self::Kdpm2(step) => step.order(),
-            Self::DpmMultistep(step) => step.order(),
-            Self::DpmSinglestep(step) => step.order(),
-            Self::DpmAdaptive(solver) => solver.order(),
-            Self::DpmPpSde(step) => step.order(),
-            Self::Deis(step) => step.order(),
-            Self::UniPc(step) => step.order(),
-            Self::Pndm(step) => step.order(),
-            Self::Ipndm(step) => step.order(),
-            Self::SaSolver(step) => step.order(),
-            Self::FlowHeun(step) => step.order(),
-            Self::Consistency(step) => step.order(),
-            Self::Tcd(step) => step.order(),
-        }
-    }
-
-    /// The solver along the points of a grid, its state in f64 where the method asks for it.
+    /// A sampler by name, or as JSON with its parameters: `{"name": "dpm_multistep", "order": 3}`.
     ///
-    /// `schedule` is what the points lie on; it says where points between them stand, and what time a
-    /// churned sample has. Without one the time is the noise level of a variance-exploding sample.
-    pub fn solver(
-        &self,
-        points: &[Point],
-        schedule: Option<Arc<dyn Schedule + Send + Sync>>,
-    ) -> Box<dyn Solver> {
-        let between = || schedule.clone().unwrap_or_else(|| Arc::new(Edm::default()));
-        match self.clone() {
-            Self::Ddpm(step) => Box::new(Planned::new(step, points)),
-            Self::Ddim(step) => Box::new(Planned::new(step, points)),
-            Self::Euler(mut step) => {
-                step.churn.schedule = schedule;
-                Box::new(Planned::new(step, points).in_f64())
-            }
-            Self::Heun(mut step) => {
-                step.churn.schedule = schedule;
-                Box::new(Planned::new(step, points).in_f64())
-            }
-            Self::Kdpm2(step) => {
-                let points = kdpm2_points(points, &*between(), step.eta);
-                Box::new(Planned::new(step, &points))
-            }
-            Self::DpmMultistep(step) => Box::new(Planned::new(step, points)),
-            Self::DpmSinglestep(step) => Box::new(Planned::new(step, points)),
-            Self::DpmAdaptive(mut step) => {
-                let asked: Vec<&Point> = points.iter().filter(|p| p.sigma > 0.0).collect();
-                if let (Some(from), Some(to)) = (asked.first(), asked.last()) {
-                    step.span = Some(dpm_adaptive::Span {
-                        from: **from,
-                        to: **to,
-                        schedule: between(),
-                        denoise: asked.len() < points.len(),
-                    });
-                }
-                Box::new(step)
-            }
-            Self::DpmPpSde(step) => {
-                let points = kdpm2_points(points, &*between(), 0.0);
-                Box::new(Planned::new(step, &points))
-            }
-            Self::Deis(mut step) => {
-                step.schedule = Some(between());
-                Box::new(Planned::new(step, points))
-            }
-            Self::UniPc(step) => Box::new(Planned::new(step, points)),
-            Self::Pndm(step) => Box::new(Pndm::along(step.start, points, &*between())),
-            Self::Ipndm(step) => Box::new(Planned::new(step, points)),
-            Self::SaSolver(step) => Box::new(Planned::new(step, points)),
-            Self::FlowHeun(step) => Box::new(Planned::new(step, points)),
-            Self::Consistency(step) => Box::new(Planned::new(step, points)),
-            Self::Tcd(step) => Box::new(Planned::new(
-                Tcd::along(step.gamma, points, &*between()),
-                points,
-            )),
+    /// # Errors
+    /// `Config` listing the names, or saying what is wrong in the JSON.
+    pub fn parse(text: &str) -> Result<Self> {
+        if !text.trim_start().starts_with('{') {
+            return Self::named(text);
         }
+        serde_json::from_str(text).map_err(|error| {
+            Report::new("sampler", text)
+                .expected(format!("a sampler's parameters as JSON ({error})"))
+                .config()
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use crate::predict::Prediction;
 use crate::schedule::{Point, Table};
 use crate::tensor::{At, Coef, combine, per_item};
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// Below this a posterior variance counts as this: the logarithm of zero is none.
 const SMALLEST: f64 = 1e-20;
@@ -98,10 +99,8 @@ impl Chain {
         // The posterior of the last step is a point. Its logarithm is taken from the next step;
         // a chain of a single step has only β to fall back on.
         let next = hops.get(1).map(|h| h.log_small);
-        if let Some(first) = hops.first_mut() {
-            if first.into_data() {
-                first.log_small = next.unwrap_or(first.log_beta);
-            }
+        if let Some(first) = hops.first_mut().filter(|h| h.into_data()) {
+            first.log_small = next.unwrap_or(first.log_beta);
         }
         Ok(Self { hops })
     }
@@ -174,7 +173,8 @@ impl Chain {
 }
 
 /// Where the mean of the reverse step comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Mean {
     /// The posterior's mean with the predicted `x₀`, clipped or not.
     #[default]

@@ -5,7 +5,7 @@ use super::{Ctx, Order, Step};
 use crate::error::Result;
 use crate::forward::transition;
 use crate::schedule::{Point, Schedule};
-use crate::tensor::{At, lincomb};
+use crate::tensor::lincomb;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -70,14 +70,8 @@ impl Step for Tcd {
         (): &mut (),
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
-        let at = At::All(*from);
         let s = self.below.get(ctx.index).copied().unwrap_or(*to);
-        let x_s = lincomb(
-            s.alpha,
-            &said.x0(x, at)?,
-            s.sigma,
-            &said.epsilon_of_x0(x, at)?,
-        )?;
+        let x_s = said.along(x, from, s.alpha, s.sigma)?;
         let up = transition(&s, to);
         if self.gamma == 0.0 || up.variance <= 0.0 {
             return Ok(x_s);

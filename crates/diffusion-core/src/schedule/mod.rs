@@ -13,12 +13,16 @@
 //! | file | process |
 //! |---|---|
 //! | [`table`] | a table of T steps: [`linear`], scaled linear, [`cosine`], [`sigmoid`], custom betas |
+//! | [`learned`] | VDM's γ(t): linear, scalar, a monotone network |
 //! | [`respaced`] | fewer steps of a trained table |
 //! | [`vp`], [`sub_vp`], [`ve`] | the three SDEs of Song et al. 2021 |
 //! | [`edm`] | `α = 1, σ = t` of Karras et al. 2022 |
+//! | [`designed`] | `σ̂(t)` and `α(t)` chosen apart (Karras et al. 2022, table 1) |
 
 pub mod cosine;
+pub mod designed;
 pub mod edm;
+pub mod learned;
 pub mod linear;
 pub mod respaced;
 pub mod sigmoid;
@@ -27,12 +31,19 @@ pub mod table;
 pub mod ve;
 pub mod vp;
 
+pub use designed::{Designed, NoiseLaw, Scaling};
 pub use edm::Edm;
+pub use learned::{Frozen, LearnedSchedule, LinearGamma, MonotoneGamma, ScalarGamma};
 pub use respaced::Respaced;
 pub use sub_vp::SubVp;
 pub use table::{BetaSchedule, Table};
 pub use ve::Ve;
 pub use vp::Vp;
+
+use std::sync::Arc;
+
+/// A schedule that several owners share.
+pub type SharedSchedule = Arc<dyn Schedule + Send + Sync>;
 
 /// One place of a diffusion process: time, signal level, noise level.
 ///
@@ -173,6 +184,8 @@ mod tests {
             ("sub_vp", Box::new(SubVp::default())),
             ("ve", Box::new(Ve::default())),
             ("edm", Box::new(Edm::default())),
+            ("designed vp", Box::new(Designed::vp(0.1, 20.0, 1e-3))),
+            ("designed sqrt", Box::new(Designed::sqrt(0.02, 100.0))),
             ("table", Box::new(table)),
         ];
         for (name, s) in &schedules {

@@ -26,6 +26,16 @@ pub enum EmaRule {
         #[serde(default)]
         min_decay: f64,
     },
+    /// The same decay at every update, or `(1 + n)/(10 + n)` at the n-th until `decay` is reached;
+    /// as the average of the score SDE code.
+    Constant {
+        /// The largest decay.
+        #[serde(default = "largest")]
+        decay: f64,
+        /// Whether the first updates follow the number of updates.
+        #[serde(default)]
+        use_num_updates: bool,
+    },
     /// `1 − (1 + k/inv_gamma)^(−power)` until `decay` is reached.
     Warmup {
         /// The largest decay.
@@ -76,10 +86,23 @@ impl EmaRule {
     /// decay = 0                                                     if k = 0
     ///         clamp((1 + k)/(10 + k),           min_decay, decay)   plain
     ///         clamp(1 − (1 + k/inv_gamma)^−power, min_decay, decay) warm-up
+    /// decay = decay, or min(decay, (1 + step)/(10 + step))          constant
     /// ```
     pub fn decay(&self, step: u64) -> f64 {
         let (after, most, least) = match *self {
             Self::Off {} => return 0.0,
+            Self::Constant {
+                decay,
+                use_num_updates,
+            } => {
+                let n = step as f64;
+                let counted = (1.0 + n) / (10.0 + n);
+                return if use_num_updates {
+                    counted.min(decay)
+                } else {
+                    decay
+                };
+            }
             Self::Plain {
                 decay,
                 update_after_step,
@@ -117,6 +140,12 @@ impl EmaRule {
         };
         match *self {
             Self::Off {} => Ok(()),
+            Self::Constant { decay, .. } => field(
+                "decay",
+                decay,
+                (0.0..1.0).contains(&decay),
+                "a number in [0, 1)",
+            ),
             Self::Plain {
                 decay, min_decay, ..
             }
@@ -310,5 +339,34 @@ pub(super) fn same_layout<'a>(
     match saved.keys().find(|name| !present.contains_key(name)) {
         Some(name) => Err(misfit(name, "unexpected".into(), "no such tensor".into())),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_updates_follow_their_number() {
+        let rule = |use_num_updates| EmaRule::Constant {
+            decay: 0.9,
+            use_num_updates,
+        };
+        for (n, counted) in [
+            (1, 2.0 / 11.0),
+            (2, 0.25),
+            (79, 80.0 / 89.0),
+            (80, 0.9),
+            (500, 0.9),
+        ] {
+            assert_eq!(rule(true).decay(n), counted, "{n}");
+            assert_eq!(rule(false).decay(n), 0.9);
+        }
+        let too_much = EmaRule::Constant {
+            decay: 1.0,
+            use_num_updates: true,
+        };
+        assert!(too_much.check().is_err());
+        assert!(rule(true).check().is_ok());
     }
 }

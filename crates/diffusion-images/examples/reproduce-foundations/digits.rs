@@ -265,6 +265,7 @@ fn request(
         guidance: if conditional { GUIDANCE } else { 1.0 },
         clip: Clip::Static { range: 1.0 },
         batch: 100,
+        brownian: false,
         seed: options.seed,
     })
 }

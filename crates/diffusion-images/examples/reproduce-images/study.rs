@@ -276,6 +276,7 @@ impl Study<'_> {
             labels,
             clip: Clip::Static { range: 1.0 },
             batch: 64,
+            brownian: false,
             seed,
         })
     }

@@ -76,6 +76,7 @@ fn draw(
         guidance: 1.0,
         clip: Clip::Static { range: 1.0 },
         batch: 4,
+        brownian: false,
         seed: 5,
     };
     model.sample(&request, &mut ()).unwrap()

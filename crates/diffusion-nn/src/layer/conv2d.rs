@@ -41,6 +41,11 @@ impl Conv2dConfig {
             initial: Initial::FanIn,
         }
     }
+
+    /// The same convolution, begun as said.
+    pub fn begun(self, initial: Initial) -> Self {
+        Self { initial, ..self }
+    }
 }
 
 /// A convolution: see [`diffusion_ops::conv2d`]. Names: `weight`, `bias`.

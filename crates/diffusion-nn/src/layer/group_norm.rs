@@ -58,15 +58,10 @@ impl GroupNorm {
     /// # Errors
     /// If the channels don't fit.
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let activation = Some(activation.op());
-        Ok(diffusion_ops::group_norm_act(
-            x,
-            &self.weight,
-            &self.bias,
-            self.groups,
-            self.eps,
-            activation,
-        )?)
+        let op = activation.op();
+        let y =
+            diffusion_ops::group_norm_act(x, &self.weight, &self.bias, self.groups, self.eps, op)?;
+        finished(y, activation)
     }
 
     /// `a(norm(x) (1 + scale) + shift)`, with `scale` and `shift` of shape `[B, C]`: see
@@ -81,8 +76,8 @@ impl GroupNorm {
         shift: &Tensor,
         activation: Activation,
     ) -> Result<Tensor> {
-        let activation = Some(activation.op());
-        Ok(diffusion_ops::group_norm_scale_shift(
+        let op = activation.op();
+        let y = diffusion_ops::group_norm_scale_shift(
             x,
             &self.weight,
             &self.bias,
@@ -90,7 +85,16 @@ impl GroupNorm {
             shift,
             self.groups,
             self.eps,
-            activation,
-        )?)
+            op,
+        )?;
+        finished(y, activation)
+    }
+}
+
+/// The nonlinearity, where the norm did not include it.
+fn finished(y: Tensor, activation: Activation) -> Result<Tensor> {
+    match activation.op() {
+        Some(_) => Ok(y),
+        None => activation.forward(&y),
     }
 }

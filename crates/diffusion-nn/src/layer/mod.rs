@@ -22,6 +22,7 @@ mod transformer;
 mod upsample;
 
 pub use activation::Activation;
+pub(crate) use attention::rescaled;
 pub use attention::{Attention, AttentionConfig};
 pub use conv1d::{Conv1d, Conv1dConfig};
 pub use conv2d::{Conv2d, Conv2dConfig};
@@ -44,4 +45,5 @@ pub use resnet_block::{
 pub use sincos_position::sincos_position_2d;
 pub use timestep_embedding::{TimestepEmbedding, TimestepEmbeddingConfig};
 pub use transformer::{TransformerEncoderLayer, TransformerEncoderLayerConfig};
+pub(crate) use upsample::nearest;
 pub use upsample::{Upsample2D, fir_upsample2d};

@@ -48,24 +48,16 @@ impl Resample {
             Self::DownFir(fir) => fir.downsample(x, 2, 1.0),
         }
     }
-
-    /// The filter, if there is one.
-    fn filter(&self) -> Option<&Fir> {
-        match self {
-            Self::UpFir(fir) | Self::DownFir(fir) => Some(fir),
-            _ => None,
-        }
-    }
 }
 
 /// The map from the input's channels to the output's beside the convolutions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Shortcut {
     /// A 1×1 convolution.
     #[default]
     Pointwise,
-    /// A [`Nin`].
-    Nin,
+    /// A [`Nin`], begun as said.
+    Nin(Initial),
 }
 
 /// The names of a block's parts.
@@ -83,9 +75,6 @@ pub struct ResnetNames {
     pub conv2: &'static str,
     /// The shortcut.
     pub shortcut: &'static str,
-    /// The buffer that keeps the filter beside the first convolution and the shortcut, if the
-    /// weights have it.
-    pub filter: Option<&'static str>,
 }
 
 impl ResnetNames {
@@ -97,7 +86,6 @@ impl ResnetNames {
         norm2: "norm2",
         conv2: "conv2",
         shortcut: "conv_shortcut",
-        filter: None,
     };
 }
 
@@ -234,10 +222,7 @@ impl ResnetBlock2D {
         let project =
             |temb| Linear::begun(&scope.sub(names.time), temb, width, true, config.initial);
         let conv = |name: &str, from, kernel, initial| {
-            let config = Conv2dConfig {
-                initial,
-                ..Conv2dConfig::same(from, out_channels, kernel)
-            };
+            let config = Conv2dConfig::same(from, out_channels, kernel).begun(initial);
             Conv2d::new(&scope.sub(name), config)
         };
         let moved = config
@@ -251,20 +236,13 @@ impl ResnetBlock2D {
                 1,
                 config.initial,
             )?)),
-            (true, Shortcut::Nin) => Some(Beside::Nin(Nin::new(
+            (true, Shortcut::Nin(initial)) => Some(Beside::Nin(Nin::new(
                 &scope.sub(names.shortcut),
                 in_channels,
                 out_channels,
-                config.initial,
+                initial,
             )?)),
         };
-        if let (Some(fir), Some(buffer)) = (config.resample.filter(), names.filter) {
-            let side = fir.taps().len();
-            for part in [names.conv1, names.shortcut] {
-                let scope = scope.sub(part);
-                scope.constant(buffer, (1, 1, side, side), &fir.plane())?;
-            }
-        }
         let groups_out = config.groups_out.unwrap_or(groups);
         Ok(Self {
             norm1: GroupNorm::new(&scope.sub(names.norm1), groups, in_channels, eps)?,

@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         guidance: 2.0,
         clip: Clip::Static { range: 1.0 },
         batch: 4,
+            brownian: false,
         seed: 0,
     };
     let images = model.sample(&request, &mut ())?;

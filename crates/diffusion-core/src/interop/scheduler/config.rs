@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 /// Classes that can be planned.
-pub const CLASSES: [&str; 28] = [
+pub const CLASSES: [&str; 30] = [
     "DDPMScheduler",
     "DDPMParallelScheduler",
     "DDIMScheduler",
@@ -34,6 +34,8 @@ pub const CLASSES: [&str; 28] = [
     "CMStochasticIterativeScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
 ];
 
 /// Classes whose table of betas is read, so that a model trained on it can be sampled in other ways,
@@ -41,7 +43,9 @@ pub const CLASSES: [&str; 28] = [
 pub const TABLES: [&str; 1] = ["RePaintScheduler"];
 
 /// Classes that have no table of betas.
-const WITHOUT_TABLE: [&str; 6] = [
+const WITHOUT_TABLE: [&str; 8] = [
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
     "EDMEulerScheduler",
     "EDMDPMSolverMultistepScheduler",
     "CMStochasticIterativeScheduler",
@@ -122,6 +126,11 @@ pub struct Config {
     pub shift_terminal: Option<f64>,
     pub invert_sigmas: bool,
     pub stochastic_sampling: bool,
+    pub sampling_eps: Option<f64>,
+    pub snr: f64,
+    pub correct_steps: usize,
+    pub beta_min: f64,
+    pub beta_max: f64,
     pub euler_at_final: bool,
     #[serde(deserialize_with = "number_or_infinity")]
     pub lambda_min_clipped: f64,
@@ -181,6 +190,11 @@ impl Default for Config {
             shift_terminal: None,
             invert_sigmas: false,
             stochastic_sampling: false,
+            sampling_eps: None,
+            snr: 0.15,
+            correct_steps: 1,
+            beta_min: 0.1,
+            beta_max: 20.0,
             euler_at_final: false,
             lambda_min_clipped: f64::NEG_INFINITY,
         }

@@ -233,6 +233,7 @@ pub fn unclip(config: &Config, table: &Table, request: &Request) -> Result<Plan>
             _ => Variance::FixedSmallLog,
         },
         noise_into_data: true,
+        ..Ancestral::default()
     };
     let solver = Planned::new(step, &points);
     Ok(plan(config, solver, &list, clip(config, true)?))

@@ -118,6 +118,7 @@ pub fn ddpm(config: &Config, table: &Table, request: &Request) -> Result<Plan> {
         Ancestral {
             variance,
             noise_into_data: true,
+            ..Ancestral::default()
         },
         &points,
     );

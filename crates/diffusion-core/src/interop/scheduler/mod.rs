@@ -12,6 +12,7 @@ mod flow;
 mod grids;
 mod lambda_form;
 mod levels;
+mod score;
 pub mod tables;
 mod ve_form;
 
@@ -78,6 +79,8 @@ pub enum Frame {
     Vp,
     /// `x/α`, while the network sees `x`.
     VpInVe,
+    /// `x₀ + σ ε`, the network being told `σ`.
+    Ve,
     /// `x₀ + σ ε` with an EDM-preconditioned network.
     Edm {
         /// Standard deviation of the data.
@@ -195,6 +198,8 @@ impl Scheduler {
             ("CMStochasticIterativeScheduler", _) => edm::consistency(config, request),
             ("FlowMatchEulerDiscreteScheduler", _) => flow::euler(config, request),
             ("FlowMatchHeunDiscreteScheduler", _) => flow::heun(config, request),
+            ("ScoreSdeVeScheduler", _) => score::ve(config, request),
+            ("ScoreSdeVpScheduler", _) => score::vp(config, request),
             (other, _) => Err(Report::new("scheduler", other)
                 .expected(format!("one of {}", config::CLASSES.join(", ")))
                 .unsupported()),
@@ -211,7 +216,7 @@ impl Plan {
     pub fn wrap<'a>(&self, network: impl Denoiser + 'a) -> Box<dyn Denoiser + 'a> {
         let clip = self.clip;
         match self.frame {
-            Frame::Vp | Frame::Edm { .. } => Box::new(Thresholded {
+            Frame::Vp | Frame::Ve | Frame::Edm { .. } => Box::new(Thresholded {
                 inner: network,
                 clip,
             }),
@@ -237,10 +242,13 @@ impl Plan {
                 negative,
                 dtype,
             }),
-            Frame::Vp | Frame::VpInVe => self.wrap(Network {
+            Frame::Vp | Frame::VpInVe | Frame::Ve => self.wrap(Network {
                 f,
                 kind: self.kind,
-                time: TimeCode::Index,
+                time: match self.frame {
+                    Frame::Ve => TimeCode::Sigma,
+                    _ => TimeCode::Index,
+                },
                 dtype,
             }),
         }

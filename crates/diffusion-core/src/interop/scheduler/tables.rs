@@ -96,7 +96,7 @@ fn laplace_alpha_bar(t: f64) -> f64 {
 
 /// Evenly spaced f32 values, counted from the nearer end with an f32 step, each rounded once (the
 /// library's kernels fuse the product and the sum).
-fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
+pub(super) fn linspace(start: f64, end: f64, n: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     if n == 1 {
         return vec![start];

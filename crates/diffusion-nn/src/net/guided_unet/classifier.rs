@@ -71,10 +71,7 @@ impl GuidedClassifier {
         let features = trunk.kept.iter().sum::<usize>() + channels;
         let head = match config.pool.unwrap_or_default() {
             Pool::Adaptive => {
-                let last = Conv2dConfig {
-                    initial: Initial::Zero,
-                    ..Conv2dConfig::same(channels, classes, 1)
-                };
+                let last = Conv2dConfig::same(channels, classes, 1).begun(Initial::Zero);
                 Head::Adaptive {
                     norm: norm(channels)?,
                     conv: Conv2d::new(&out.sub(3), last)?,

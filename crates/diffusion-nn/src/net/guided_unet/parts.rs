@@ -4,13 +4,13 @@ use super::config::{GROUPS, GuidedConfig};
 use crate::error::{Error, Result};
 use crate::layer::{
     Conv2d, Conv2dConfig, Initial, Linear, QkvAttention, QkvAttentionConfig, QkvOrder, Resample,
-    ResnetBlock2D, ResnetBlock2DConfig, ResnetNames, TimeEmbeddingNorm, Upsample2D,
+    ResnetBlock2D, ResnetBlock2DConfig, ResnetNames, TimeEmbeddingNorm, Upsample2D, nearest,
     timestep_embedding,
 };
 use crate::mode::Mode;
 use crate::store::Scope;
 use candle_core::{Result as CandleResult, Tensor};
-use diffusion_ops::{avg_pool2d, checkpointed, silu, upsample_nearest2d};
+use diffusion_ops::{avg_pool2d, checkpointed, silu};
 use std::sync::Arc;
 
 /// ε of every norm.
@@ -24,7 +24,6 @@ const NAMES: ResnetNames = ResnetNames {
     norm2: "out_layers.0",
     conv2: "out_layers.3",
     shortcut: "skip_connection",
-    filter: None,
 };
 
 /// Where a network stands while it is built: the place of the next block, and its channels.
@@ -142,10 +141,7 @@ impl Part {
             Self::Attention(attention) => attention.forward(h),
             Self::Up(up) => up.forward(h),
             Self::Average => Ok(avg_pool2d(h, 2)?),
-            Self::Repeat => {
-                let (_, _, height, width) = h.dims4()?;
-                Ok(upsample_nearest2d(h, 2 * height, 2 * width)?)
-            }
+            Self::Repeat => nearest(h),
         }
     }
 }

@@ -78,10 +78,7 @@ impl GuidedUNet {
             }
         }
         let out = scope.sub("out");
-        let last = Conv2dConfig {
-            initial: Initial::Zero,
-            ..Conv2dConfig::same(channels, config.out_channels, 3)
-        };
+        let last = Conv2dConfig::same(channels, config.out_channels, 3).begun(Initial::Zero);
         let table = |n| Embedding::new(&scope.sub("label_emb"), n, config.time_embed_dim());
         Ok(Self {
             config: config.clone(),

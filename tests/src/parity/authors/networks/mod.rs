@@ -2,9 +2,13 @@
 //!
 //! | file | systems |
 //! |---|---|
+//! | `edm` | EDM, with its preconditioners, losses and sampler |
 //! | `openai` | improved-diffusion, guided-diffusion |
+//! | `score_sde` | the score SDE code, with its resampling and average |
 
+pub mod edm;
 mod openai;
+pub mod score_sde;
 
 pub use openai::{classifier, openai_unet, super_resolution, unet};
 
@@ -66,5 +70,20 @@ fn gradients<T>(
         let bound = (fixture.tolerance.rel * largest).max(ZERO_GRADIENT);
         check.within(key, &values(ours)?, &stored, |_| bound);
     }
+    Ok(())
+}
+
+/// Compares the result of a whole sampling loop, relative to its largest entry.
+fn whole(check: &mut Check, outputs: &Tensors, name: &str, ours: &Tensor) -> Result<()> {
+    let stored = outputs
+        .get(name)
+        .ok_or_else(|| anyhow!("no output tensor `{name}`"))?;
+    if ours.dims() != stored.dims() {
+        return check.tensor(name, ours, stored);
+    }
+    let stored = values(stored)?;
+    let largest = stored.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+    let bound = check.relative() * largest;
+    check.within(name, &values(ours)?, &stored, |_| bound);
     Ok(())
 }
