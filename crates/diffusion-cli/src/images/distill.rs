@@ -99,10 +99,10 @@ pub fn run(args: &Distill, global: &Global) -> Result<ExitCode> {
     let noted = if args.resume { out } else { &config.teacher };
     let (source, record) = args.data.of_model(noted)?;
     let (splits, _) = args.data.open(&source)?;
-    if let Some(record) = &record {
-        if args.resume || !args.data.names_other(record)? {
-            must_be_those(record, &source, &splits)?;
-        }
+    if let Some(record) = &record
+        && (args.resume || !args.data.names_other(record)?)
+    {
+        must_be_those(record, &source, &splits)?;
     }
     if !args.resume {
         // Refused before anything is written.

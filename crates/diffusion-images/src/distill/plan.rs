@@ -203,7 +203,7 @@ impl DistillConfig {
             .remedy("give --to 1, or choose --method progressive or consistency")
             .config()),
             Method::Knowledge => Ok(vec![one(self.from, 1)]),
-            Method::Consistency if self.from % self.to != 0 || self.from <= self.to => {
+            Method::Consistency if !self.from.is_multiple_of(self.to) || self.from <= self.to => {
                 Err(Report::new("--from", format!("{} levels", self.from))
                     .expected(format!("a multiple of {}, the steps of --to", self.to))
                     .remedy(format!("give --from {}", self.to * 8))
