@@ -134,7 +134,7 @@ fn declared_orders_hold() {
             continue;
         }
         for ((place, schedule), (x, exact)) in schedules.iter().zip(&reference) {
-            // Straight paths are another variable than these schedules have: see the flow's own test.
+            // Straight paths are another variable than these schedules have: see the test below.
             if *name == "flow-heun" {
                 continue;
             }
@@ -158,6 +158,38 @@ fn declared_orders_hold() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Straight paths `x = (1 − σ) x₀ + σ ε`, whose velocity is integrated over σ.
+#[test]
+fn orders_hold_on_straight_paths() {
+    let straight = |n: usize| -> Vec<Point> {
+        (0..=n)
+            .map(|i| 0.98 + (0.02 - 0.98) * i as f64 / n as f64)
+            .map(|sigma| Point::new(sigma, 1.0 - sigma, sigma))
+            .collect()
+    };
+    let x = batch(&[-1.3, 0.4, 0.9]);
+    let exact = run(Heun::default(), &two_modes(), &straight(20_000), &x);
+    for (name, sampler, order) in [
+        ("flow-heun", SamplerConfig::named("flow-heun").unwrap(), 2.0),
+        ("euler", SamplerConfig::named("euler").unwrap(), 1.0),
+        (
+            "dpmpp-2m",
+            SamplerConfig::named("dpmpp-2m")
+                .unwrap()
+                .without_cautious_end(),
+            2.0,
+        ),
+    ] {
+        let slope = order::measure(&[200, 400, 800], |n| {
+            let points = straight(n);
+            let solver = sampler.solver(&points, None);
+            Ok(worst(&solve(&*solver, &two_modes(), &x), &exact))
+        })
+        .unwrap();
+        assert!((slope - order).abs() < 0.15, "{name}: {slope:.3}");
+    }
 }
 
 /// The mixture has no closed-form flow: a fine Heun run serves as the reference.

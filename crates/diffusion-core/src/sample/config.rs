@@ -146,9 +146,10 @@ fn span(points: &[Point]) -> (f64, f64, Finish) {
 fn in_time(points: &[Point], schedule: &dyn Schedule) -> Vec<Point> {
     let mut points = points.to_vec();
     if let (Some(last), Some(_)) = (points.last_mut(), schedule.steps())
-        && last.sigma == 0.0 {
-            last.t = -1.0;
-        }
+        && last.sigma == 0.0
+    {
+        last.t = -1.0;
+    }
     points
 }
 

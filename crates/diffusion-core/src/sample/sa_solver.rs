@@ -188,12 +188,13 @@ impl Step for SaSolver {
         let belief = self.belief.of(&said, x, from)?;
         let mut x = x.clone();
         if let (Some(last), Some((_, start))) = (&memory.last, memory.held.first())
-            && last.corrector_order > 0 {
-                let mut nodes = vec![(&belief, *from)];
-                let earlier = memory.held.iter().take(last.corrector_order - 1);
-                nodes.extend(earlier.map(|(belief, p)| (belief, *p)));
-                x = self.update((start, from), &last.x, &nodes, last.noise.as_ref(), true)?;
-            }
+            && last.corrector_order > 0
+        {
+            let mut nodes = vec![(&belief, *from)];
+            let earlier = memory.held.iter().take(last.corrector_order - 1);
+            nodes.extend(earlier.map(|(belief, p)| (belief, *p)));
+            x = self.update((start, from), &last.x, &nodes, last.noise.as_ref(), true)?;
+        }
         memory.held.insert(0, (belief, *from));
         memory.held.truncate(self.keep());
         let known = memory.held.len();

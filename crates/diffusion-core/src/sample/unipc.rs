@@ -206,9 +206,10 @@ impl Step for UniPc {
         let belief = self.belief.of(&said, x, from)?;
         let mut x = x.clone();
         if let (Some(last), true) = (&memory.last, self.corrector)
-            && !self.skip_corrector.contains(&(ctx.index.saturating_sub(1))) {
-                x = self.correct(last, from, &memory.history.items, &belief)?;
-            }
+            && !self.skip_corrector.contains(&(ctx.index.saturating_sub(1)))
+        {
+            x = self.correct(last, from, &memory.history.items, &belief)?;
+        }
         memory.history.push(belief, from.lambda(), self.order);
         let left = if self.lower_order_final {
             ctx.total.saturating_sub(ctx.index)
