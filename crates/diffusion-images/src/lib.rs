@@ -24,6 +24,7 @@ pub mod distilled;
 #[cfg(feature = "figures")]
 pub mod figure;
 pub mod grid;
+pub mod invert;
 pub mod metric;
 pub mod model;
 pub mod picture;

@@ -3,6 +3,7 @@
 mod data;
 mod distill;
 mod evaluate;
+mod invert;
 mod sample;
 mod train;
 
@@ -29,6 +30,9 @@ pub enum Command {
     /// Measure a model's samples against images that it has not seen.
     #[command(after_help = evaluate::EXAMPLES)]
     Evaluate(evaluate::Evaluate),
+    /// Find the noise that a model makes given images from, and make them again.
+    #[command(after_help = invert::EXAMPLES)]
+    Invert(invert::Invert),
 }
 
 /// Runs a command.
@@ -38,6 +42,7 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Distill(command) => distill::run(&command, global),
         Command::Sample(command) => sample::run(&command, global),
         Command::Evaluate(command) => evaluate::run(&command, global),
+        Command::Invert(command) => invert::run(&command, global),
     }
 }
 

@@ -32,6 +32,7 @@
 //! | [`langevin`] | correctors, predictor-corrector plans, annealed Langevin dynamics | stochastic |
 //! | [`flow_rk`] | Runge-Kutta on the flow in the schedule's own time, EDM's ablation | 1 to 4 |
 //! | [`ode`] | adaptive Dormand-Prince on the flow | to a tolerance |
+//! | [`inversion`] | DDIM's path from data up to noise | 1 |
 //! | [`inpaint`] | a constraint that pastes what is known | |
 //! | [`partial`], [`fit`] | starts on the way, early stops, true to a measurement | |
 
@@ -56,22 +57,22 @@ pub mod flow_heun;
 pub mod flow_rk;
 pub mod heun;
 pub mod inpaint;
+pub mod inversion;
 pub mod kdpm2;
 pub mod langevin;
 pub mod mean_guided;
 pub mod ode;
+pub mod partial;
 mod plan;
 pub mod pndm;
 mod registry;
+pub mod reverse;
 pub mod reverse_diffusion;
 pub mod sa_solver;
 pub mod tcd;
 pub mod unipc;
 
 pub use adaptive_sde::AdaptiveSde;
-pub mod partial;
-pub mod reverse;
-
 pub use analytic::{Analytic, Bounds, noise_moments};
 pub use ancestral::{Ancestral, Variance};
 pub use ancestral_score::AncestralScore;
@@ -91,6 +92,7 @@ pub use flow_heun::FlowHeun;
 pub use flow_rk::FlowRk;
 pub use heun::Heun;
 pub use inpaint::Inpaint;
+pub use inversion::Inversion;
 pub use kdpm2::{Kdpm2, kdpm2_points};
 pub use langevin::{Langevin, Norms, StepSize};
 pub use mean_guided::MeanGuided;
