@@ -16,6 +16,7 @@ const FLOORS: [(u8, &[&str]); 6] = [
             "checkpoint",
             "report",
             "ode",
+            "quadrature",
         ],
     ),
     (2, &["grid", "sde", "denoiser"]),

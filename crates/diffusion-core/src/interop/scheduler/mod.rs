@@ -5,6 +5,7 @@
 //! the library (f32 betas, see [`tables`]), so that even indices that come from truncating a
 //! rounded logarithm agree.
 
+mod check;
 mod config;
 mod edm;
 mod few_steps;
