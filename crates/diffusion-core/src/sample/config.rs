@@ -4,7 +4,7 @@ use super::langevin::predictor_corrector;
 use super::{
     AdaptiveSde, Ancestral, Basis, Consistency, Ddim, Deis, DpmAdaptive, DpmMultistep, DpmPpSde,
     DpmSinglestep, Euler, EulerMaruyama, Finish, FlowHeun, FlowOde, FlowRk, Heun, Ipndm, Kdpm2,
-    Langevin, Order, Planned, Pndm, ReverseDiffusion, SaSolver, Solver, Step, Tcd, UniPc,
+    Langevin, Order, Planned, Pndm, ReverseDiffusion, SaSolver, Solver, Step, StepSize, Tcd, UniPc,
     dpm_adaptive, kdpm2_points,
 };
 use crate::grid::Grid;
@@ -64,15 +64,26 @@ pub enum SamplerConfig {
 }
 
 /// Reverse diffusion, corrected at every point (Song et al. 2021, algorithms 2 to 5).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ByScore {
     /// Predict by the probability flow in place of the reverse SDE.
     pub flow: bool,
     /// Langevin steps before each prediction.
     pub corrections: usize,
-    /// Their ratio of signal to noise, about 0.16.
-    pub ratio: f64,
+    /// The size of their steps. By the noise level when absent: the ratio of two norms has a heavy
+    /// tail where the data have few dimensions.
+    pub size: StepSize,
+}
+
+impl Default for ByScore {
+    fn default() -> Self {
+        Self {
+            flow: false,
+            corrections: 0,
+            size: StepSize::NoiseLevel { ratio: 0.16 },
+        }
+    }
 }
 
 /// A Runge-Kutta method by name: `euler`, `midpoint`, `heun`, `bogacki_shampine` or `rk4`.
@@ -277,7 +288,8 @@ impl SamplerConfig {
                 let mut planned = Planned::with_moves(step, predictor_corrector(points));
                 planned.corrector = Some(Box::new(Langevin {
                     steps: settings.corrections,
-                    ..Langevin::new(settings.ratio)
+                    size: settings.size,
+                    chain: None,
                 }));
                 Box::new(planned)
             }

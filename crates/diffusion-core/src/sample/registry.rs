@@ -124,7 +124,7 @@ pub const SAMPLERS: &[Named] = samplers![
     "em", "Euler-Maruyama on the reverse SDE", SamplerConfig::EulerMaruyama(EulerMaruyama::default());
     "em-flow", "Euler on the probability flow in time", SamplerConfig::EulerMaruyama(EulerMaruyama { lambda: 1.0, ..EulerMaruyama::default() });
     "reverse-diffusion", "the reverse SDE discretised as its forward SDE is", SamplerConfig::PredictorCorrector(ByScore::default());
-    "pc", "reverse diffusion with a Langevin correction, two calls a step", SamplerConfig::PredictorCorrector(ByScore { flow: false, corrections: 1, ratio: 0.16 });
+    "pc", "reverse diffusion with a Langevin correction, two calls a step", SamplerConfig::PredictorCorrector(ByScore { corrections: 1, ..ByScore::default() });
     "flow-rk4", "Runge-Kutta of order 4 on the flow in time, four calls a step", SamplerConfig::FlowRk(RungeKutta::default());
     "rk45", "adaptive Dormand-Prince on the flow", SamplerConfig::FlowOde(Tolerance::default());
     "adaptive-sde", "the reverse SDE with adaptive steps", SamplerConfig::AdaptiveSde(Tolerance { relative: 0.02, absolute: 2.0 / 256.0 });

@@ -111,12 +111,19 @@ pub fn line_plot(path: &Path, axes: &Axes, series: &[Series]) -> Result<()> {
             let style = COLORS[i % COLORS.len()].stroke_width(2);
             for (piece, points) in pieces(axes, &one.points).into_iter().enumerate() {
                 let dot = (points.len() == 1).then(|| points[0]);
-                let line = chart
-                    .draw_series(LineSeries::new(points, style))
-                    .map_err(drawing)?;
+                // When the colours are used up they come again, dashed.
+                let dashed = i >= COLORS.len();
+                let line = if dashed {
+                    chart.draw_series(DashedLineSeries::new(points, 6, 4, style))
+                } else {
+                    chart.draw_series(LineSeries::new(points, style))
+                }
+                .map_err(drawing)?;
                 if piece == 0 && !one.name.is_empty() {
-                    line.label(one.name.clone())
-                        .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+                    line.label(one.name.clone()).legend(move |(x, y)| {
+                        let end = if dashed { x + 6 } else { x + 16 };
+                        PathElement::new([(x, y), (end, y)], style)
+                    });
                 }
                 if let Some(point) = dot {
                     let circle = Circle::new(point, 3, style.filled());
@@ -227,12 +234,19 @@ pub fn histogram(
         for (i, one) in curves.iter().enumerate() {
             let style = COLORS[(i + 1) % COLORS.len()].stroke_width(2);
             for (piece, points) in pieces(axes, &one.points).into_iter().enumerate() {
-                let line = chart
-                    .draw_series(LineSeries::new(points, style))
-                    .map_err(drawing)?;
+                // When the colours are used up they come again, dashed.
+                let dashed = i >= COLORS.len();
+                let line = if dashed {
+                    chart.draw_series(DashedLineSeries::new(points, 6, 4, style))
+                } else {
+                    chart.draw_series(LineSeries::new(points, style))
+                }
+                .map_err(drawing)?;
                 if piece == 0 && !one.name.is_empty() {
-                    line.label(one.name.clone())
-                        .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+                    line.label(one.name.clone()).legend(move |(x, y)| {
+                        let end = if dashed { x + 6 } else { x + 16 };
+                        PathElement::new([(x, y), (end, y)], style)
+                    });
                 }
             }
         }
