@@ -189,6 +189,10 @@ def run(system, cls, config, call, seed):
                 out = a * eps - b * x0
             else:
                 out = x0 if kind == "sample" else eps
+            if system == "unclip":
+                # Its pipelines say where the step goes; left alone it goes one index down.
+                after = scheduler.timesteps[i + 1 :]
+                step = dict(prev_timestep=int(after[0]) if len(after) else None)
             x = scheduler.step(out.float(), t, x, **step).prev_sample
             if not torch.isfinite(x).all():
                 return None

@@ -28,7 +28,7 @@ fn every_carried_fixture_passes() {
         .collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
     // A fixture that was lost would pass unnoticed.
-    assert!(outcomes.len() >= 75, "only {} fixtures", outcomes.len());
+    assert!(outcomes.len() >= 135, "only {} fixtures", outcomes.len());
     let seen: BTreeSet<(String, String)> =
         outcomes.into_iter().map(|o| (o.kind, o.system)).collect();
     for (kind, system, _) in TABLE {

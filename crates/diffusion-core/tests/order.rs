@@ -391,6 +391,53 @@ fn a_finer_grid_refines_the_same_path() {
     assert!(gap(320, false) > 5.0 * fine);
 }
 
+/// The noise of these is additive, so that all of them follow a path at first order at least. Steps are
+/// even in λ; small ones, as the first orders are those of the limit.
+#[test]
+fn stochastic_samplers_follow_their_path_at_first_order() {
+    let schedule: Arc<dyn Schedule + Send + Sync> = Arc::new(Vp::default());
+    let x = batch(&[-1.3, 0.4, 0.9]);
+    let mut wrong = Vec::new();
+    for name in [
+        "ddpm",
+        "ddim-eta1",
+        "em",
+        "reverse-diffusion",
+        "dpmpp-1-sde",
+        "dpmpp-2m-sde",
+        "dpmpp-3m-sde",
+        "dpmpp-sde",
+        "kdpm2-a",
+        "sa-solver",
+    ] {
+        let config = SamplerConfig::named(name).unwrap();
+        let end = |steps: usize| -> Tensor {
+            let solver = config.solver(&smooth(&*schedule, steps), Some(schedule.clone()));
+            // Several paths, as one may be lucky.
+            let ends: Vec<Tensor> = (0..4)
+                .map(|seed| {
+                    let mut noise = CounterNoise::new(seed, 0..3);
+                    let oracle = two_modes();
+                    let mut ctx = Ctx::new(&oracle, &mut noise, 0..3);
+                    ctx.brownian = true;
+                    solver.solve(x.clone(), &mut ctx, &mut ()).unwrap()
+                })
+                .collect();
+            Tensor::cat(&ends, 0).unwrap()
+        };
+        let slope = order::measure(&[60, 120, 240], |n| {
+            let gap = (end(n) - end(2 * n))?.sqr()?.mean_all()?;
+            Ok(gap.to_scalar::<f64>()?.sqrt())
+        })
+        .unwrap();
+        println!("{name:<20} strong order {slope:.3}");
+        if slope < 0.85 {
+            wrong.push(format!("{name}: {slope:.3}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 fn draw_with(solver: &dyn Solver, model: &dyn Denoiser, points: &[Point], n: usize) -> Tensor {
     let like = Tensor::zeros((1, n), DType::F64, &Device::Cpu).unwrap();
     let mut noise = CounterNoise::new(4, 0..1);

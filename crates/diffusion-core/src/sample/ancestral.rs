@@ -102,10 +102,10 @@ impl Step for Ancestral {
                 let hops = vec![Hop::between(from, to); x.dim(0)?];
                 let std = (log_variance(&said, x, &hops, self.variance)? * 0.5)?.exp()?;
                 let mean = lincomb(p.x, x, p.x0, &x0)?;
-                return Ok((mean + (std * ctx.noise.normal(x)?)?)?);
+                return Ok((mean + (std * ctx.noise_between(x, from, to)?)?)?);
             }
         };
-        let z = ctx.noise.normal(x)?;
+        let z = ctx.noise_between(x, from, to)?;
         Ok(combine(&[(p.x, x), (p.x0, &x0), (variance.sqrt(), &z)])?)
     }
 }

@@ -59,7 +59,7 @@ impl Step for AncestralScore {
             (false, true) => kernel.variance,
             (false, false) => kernel.posterior,
         };
-        with_noise(mean, variance.sqrt(), ctx)
+        with_noise(mean, variance.sqrt(), (from, to), ctx)
     }
 }
 

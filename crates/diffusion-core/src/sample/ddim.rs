@@ -75,7 +75,7 @@ impl Step for Ddim {
         if variance == 0.0 {
             return lincomb(to.alpha, &x0, along, &epsilon);
         }
-        let z = ctx.noise.normal(x)?;
+        let z = ctx.noise_between(x, from, to)?;
         Ok(combine(&[
             (to.alpha, &x0),
             (along, &epsilon),

@@ -60,7 +60,7 @@ impl Step for ReverseDiffusion {
         let mean = kernel.reversed(x, &score, if self.flow { 0.5 } else { 1.0 })?;
         let quiet = self.flow || to.sigma == 0.0 && !self.noise_into_data;
         let std = if quiet { 0.0 } else { kernel.variance.sqrt() };
-        with_noise(mean, std, ctx)
+        with_noise(mean, std, (from, to), ctx)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::few::{self, Student};
 use crate::jobs::{self, Job};
-use crate::{Options, Preset, partial, steps_for};
+use crate::{Options, Preset, inversion, partial, steps_for};
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use diffusion_core::grid::Grid;
@@ -203,6 +203,7 @@ pub fn run(options: &Options, results: &mut Results) -> Result<()> {
     orderings(results, &study, &models)?;
     few::rows(options, results, &study, &models)?;
     partial::rows(options, results, &study, &models[0])?;
+    inversion::rows(options, results, &study, &models[0])?;
     pictures(options, results, &study, &models[0])
 }
 

@@ -6,6 +6,7 @@
 
 mod digits;
 mod few;
+mod inversion;
 #[path = "../reproduce-images/jobs.rs"]
 mod jobs;
 mod oracle;
