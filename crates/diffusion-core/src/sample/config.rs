@@ -2,10 +2,10 @@
 
 use super::langevin::predictor_corrector;
 use super::{
-    AdaptiveSde, Ancestral, Basis, Consistency, Ddim, Deis, DpmAdaptive, DpmMultistep, DpmPpSde,
-    DpmSinglestep, Euler, EulerMaruyama, Finish, FlowHeun, FlowOde, FlowRk, Heun, Ipndm, Kdpm2,
-    Langevin, Order, Planned, Pndm, ReverseDiffusion, SaSolver, Solver, Step, StepSize, Tcd, UniPc,
-    dpm_adaptive, kdpm2_points,
+    AdaptiveSde, Ancestral, Basis, Belief, Consistency, Ddim, Deis, DpmAdaptive, DpmMultistep,
+    DpmPpSde, DpmSinglestep, Euler, EulerMaruyama, Finish, FlowHeun, FlowOde, FlowRk, Heun, Ipndm,
+    Kdpm2, Langevin, Order, Planned, Pndm, ReverseDiffusion, SaSolver, Solver, Step, StepSize, Tcd,
+    UniPc, dpm_adaptive, kdpm2_points,
 };
 use crate::grid::Grid;
 use crate::ode::{DormandPrince, Tableau};
@@ -167,12 +167,35 @@ fn in_time(points: &[Point], schedule: &dyn Schedule) -> Vec<Point> {
 impl SamplerConfig {
     /// The grid that the sampler is usually run on: EDM's for methods in `σ/α`, which crowd at low
     /// noise, and the trailing indices of a table for the others.
+    ///
+    /// Methods on the noise divide by α, so that they start where DPM-Solver's authors bound log SNR
+    /// (`λ ≥ −5.1`) if the schedule goes further, as the cosine table does.
     pub fn usual_grid(&self, schedule: &dyn Schedule) -> Grid {
+        const LAMBDA_MIN: f64 = -5.1;
+        let (_, high) = schedule.span();
+        let far = schedule.at(high).lambda() < LAMBDA_MIN;
         match self {
             Self::Heun(_) | Self::Kdpm2(_) | Self::DpmPpSde(_) => Grid::edm(schedule),
             Self::Deis(step) if step.basis == Basis::Rho => Grid::edm(schedule),
+            Self::Pndm(_) if far && schedule.steps().is_some() => Grid::Leading { offset: 0 },
+            _ if far && self.belief() == Some(Belief::Epsilon) => Grid::Exponential {
+                sigma_min: None,
+                sigma_max: Some((-LAMBDA_MIN).exp()),
+            },
             _ if schedule.steps().is_none() => Grid::UniformLogSnr,
             _ => Grid::Trailing,
+        }
+    }
+
+    /// Which belief an exponential integrator integrates.
+    fn belief(&self) -> Option<Belief> {
+        match self {
+            Self::DpmMultistep(step) => Some(step.belief),
+            Self::DpmSinglestep(step) => Some(step.belief),
+            Self::DpmAdaptive(solver) => Some(solver.belief),
+            Self::UniPc(step) => Some(step.belief),
+            Self::SaSolver(step) => Some(step.belief),
+            _ => None,
         }
     }
 
