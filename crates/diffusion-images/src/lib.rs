@@ -22,6 +22,7 @@ pub mod data;
 #[cfg(feature = "figures")]
 pub mod figure;
 pub mod grid;
+pub mod likelihood;
 pub mod metric;
 pub mod model;
 pub mod picture;
