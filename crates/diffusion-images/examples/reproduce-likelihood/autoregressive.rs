@@ -65,8 +65,8 @@ impl Objective for Logistic {
     }
 }
 
-/// Bits per dimension of `test` after `steps` of training.
-pub fn bits(train: &Tensor, test: &Tensor, steps: u64, seed: u64) -> Result<f64> {
+/// Bits per dimension of each of `tests` after `steps` of training.
+pub fn bits(train: &Tensor, tests: &[&Tensor], steps: u64, seed: u64) -> Result<Vec<f64>> {
     let store = Store::new(seed, DType::F32, &Device::Cpu);
     let mut model = Logistic::new(&store)?;
     let config = TrainConfig {
@@ -83,6 +83,9 @@ pub fn bits(train: &Tensor, test: &Tensor, steps: u64, seed: u64) -> Result<f64>
     };
     let mut trainer = Trainer::new(store.named(), config.check()?)?;
     trainer.run(&mut model, &Levels(train), &mut Quiet, &Cancel::new())?;
-    let nats = model.nats(test)?.detach().mean_all()?.to_scalar::<f32>()?;
-    Ok(bits_per_dim(f64::from(nats), DIMS))
+    let measure = |test: &&Tensor| {
+        let nats = model.nats(test)?.detach().mean_all()?.to_scalar::<f32>()?;
+        Ok(bits_per_dim(f64::from(nats), DIMS))
+    };
+    tests.iter().map(measure).collect()
 }

@@ -148,7 +148,9 @@ pub fn vdm(
     let mut noise = CounterNoise::on_stream(seed, stream::EVALUATION, items.clone());
     let mut sum = [0.0; 4];
     for round in 0..rounds {
-        let key = Key::new(seed, stream::EVALUATION).item(u64::MAX).step(round);
+        let key = Key::new(seed, stream::EVALUATION)
+            .item(u64::MAX)
+            .step(round);
         let draw = VdmDraw {
             epsilon0: noise.normal(k)?,
             epsilon: noise.normal(k)?,
@@ -219,9 +221,8 @@ pub fn score_flow(net: &dyn Denoiser, k: &Tensor, rounds: u64, seed: u64) -> Res
     let bin = 2.0 / (LEVELS - 1) as f64;
     let mut sum = vec![0.0; n];
     for round in 0..rounds {
-        let (u, _) = diffusion_core::likelihood::dequantise::Dequantiser::draw(
-            &Uniform, k, &mut noise,
-        )?;
+        let (u, _) =
+            diffusion_core::likelihood::dequantise::Dequantiser::draw(&Uniform, k, &mut noise)?;
         let x = (on_scale(k)? + u.affine(bin, -0.5 * bin)?)?;
         let keys = items
             .clone()

@@ -11,10 +11,10 @@ use diffusion_core::loss::{Denoising, Hybrid, HybridLoss, SecondMoment, TimeLaw,
 use diffusion_core::noise::CounterNoise;
 use diffusion_core::predict::Kind;
 use diffusion_core::sample::{Chain, Variance};
-use diffusion_core::tensor::Coef;
 use diffusion_core::schedule::{
     BetaSchedule, LearnedSchedule, LinearGamma, MonotoneGamma, ScalarGamma, Table, Vp,
 };
+use diffusion_core::tensor::Coef;
 use diffusion_core::train::{
     Cancel, EmaRule, Loss, LrSchedule, Objective, Quiet, StepCtx, TrainConfig, Trainer,
 };
@@ -104,7 +104,6 @@ pub struct Trained {
     pub variance: bool,
     pub gamma: Option<Gamma>,
     pub seconds: f64,
-    pub parameters: usize,
 }
 
 /// VDM's schedule.
@@ -204,12 +203,7 @@ fn of_chain(
     Ok(Coef::Each(weights).times(&losses.loss)?.mean_all()?)
 }
 
-fn of_vdm(
-    net: &Mlp,
-    gamma: &Gamma,
-    k: &Tensor,
-    ctx: &StepCtx,
-) -> diffusion_core::Result<Tensor> {
+fn of_vdm(net: &Mlp, gamma: &Gamma, k: &Tensor, ctx: &StepCtx) -> diffusion_core::Result<Tensor> {
     let batch = k.dim(0)?;
     // One number a step for the times of the whole batch.
     let key = Key::new(ctx.seed, stream::TRAIN_TIME).item(u64::MAX);
@@ -386,6 +380,5 @@ pub fn train(system: &System, effort: Effort, levels: &Tensor, seed: u64) -> Res
         variance,
         gamma,
         seconds: start.elapsed().as_secs_f64(),
-        parameters: store.num_parameters(),
     })
 }

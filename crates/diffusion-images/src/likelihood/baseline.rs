@@ -215,8 +215,8 @@ mod tests {
             .chunks(2)
             .map(|u| {
                 let (x, y) = (1.0 + u[0] - 0.5, 3.0 + u[1] - 0.5);
-                let log = fast(x, mean(0), cov(0, 0))
-                    + fast(y, mean(1) + slope * (x - mean(0)), left);
+                let log =
+                    fast(x, mean(0), cov(0, 0)) + fast(y, mean(1) + slope * (x - mean(0)), left);
                 bits_per_dim(-log, 2)
             })
             .collect();

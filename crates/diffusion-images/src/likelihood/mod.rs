@@ -21,10 +21,12 @@ use diffusion_core::{Report, Result};
 /// `Unsupported` when the data are real numbers, which have densities but no probabilities.
 pub fn levels(data: &Dataset) -> Result<(Tensor, usize)> {
     let Some(levels) = data.levels() else {
-        return Err(Report::new(format!("data `{}`", data.name()), "real values")
-            .expected("grey levels: bits per dimension are the probability of levels")
-            .remedy("give images of 8 bits")
-            .unsupported());
+        return Err(
+            Report::new(format!("data `{}`", data.name()), "real values")
+                .expected("grey levels: bits per dimension are the probability of levels")
+                .remedy("give images of 8 bits")
+                .unsupported(),
+        );
     };
     let (x, _) = data.all(&Device::Cpu)?;
     let half = f64::from(levels - 1) / 2.0;

@@ -1,0 +1,156 @@
+//! The figures of the page.
+
+use crate::rows::Table;
+use crate::study::*;
+use crate::train::STEPS;
+use anyhow::Result;
+use diffusion_core::report::Results;
+use diffusion_images::figure::{Axes, Series, line_plot};
+use std::path::Path;
+
+/// Draws everything.
+pub fn draw(
+    table: &Table,
+    outcomes: &[Outcome],
+    folder: &Path,
+    results: &mut Results,
+) -> Result<()> {
+    for (file, system, rules, title) in [
+        (
+            "variances.svg",
+            SIMPLE,
+            &[SMALL, LARGE, ANALYTIC, OPTIMAL][..],
+            "Bound of K steps, L_simple, linear table",
+        ),
+        (
+            "variances-hybrid.svg",
+            HYBRID,
+            &[SMALL, LARGE, LEARNED, ANALYTIC, OPTIMAL],
+            "Bound of K steps, L_hybrid, cosine table",
+        ),
+    ] {
+        let curve = |rule: &&str| {
+            let point = |count: &usize| {
+                let bits = table.mean(system, &bound_metric(*count, rule));
+                bits.map(|bits| (*count as f64, bits))
+            };
+            Series::new(*rule, COUNTS.iter().filter_map(point).collect())
+        };
+        let mut series: Vec<Series> = rules.iter().map(curve).collect();
+        let ends = (COUNTS[0] as f64, STEPS as f64);
+        series.push(line("histogram of each pixel", table.same.histogram, ends));
+        let axes = Axes::new(title, "steps K", "bits/dim").log_x().log_y();
+        line_plot(&folder.join(file), &axes, &series)?;
+        results.figure(
+            file,
+            "The reverse variance decides few-step likelihoods; means over the seeds.",
+        );
+    }
+    terms(outcomes, folder, results)?;
+    limits(table, folder, results)?;
+    gammas(outcomes, folder, results)
+}
+
+fn line(name: &str, value: f64, (low, high): (f64, f64)) -> Series {
+    Series::new(name, vec![(low, value), (high, value)])
+}
+
+/// The terms of the bound: where the bits are.
+fn terms(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<()> {
+    let mut series: Vec<Series> = Vec::new();
+    for outcome in outcomes {
+        let Some((name, terms)) = &outcome.terms else {
+            continue;
+        };
+        if series.iter().any(|s| s.name == *name) {
+            continue;
+        }
+        // Means over an eighth of an octave: a term of a batch is noisy.
+        let mut points = Vec::new();
+        let mut low = 1usize;
+        while low <= terms.len() {
+            let high = ((low as f64 * 1.3).ceil() as usize)
+                .min(terms.len() + 1)
+                .max(low + 1);
+            let part = &terms[low - 1..high - 1];
+            let middle = ((low * (high - 1)) as f64).sqrt();
+            points.push((middle, part.iter().sum::<f64>() / part.len() as f64));
+            low = high;
+        }
+        series.push(Series::new(*name, points));
+    }
+    let axes = Axes::new(
+        "Terms of the bound, 1000 steps",
+        "step t (1 is the decoder)",
+        "bits/dim of a step",
+    );
+    line_plot(&folder.join("terms.svg"), &axes.log_x().log_y(), &series)?;
+    results.figure(
+        "terms.svg",
+        "Most bits are in the first few steps, where the grey levels are told apart.",
+    );
+    Ok(())
+}
+
+/// The systems side by side, baselines as lines.
+fn limits(table: &Table, folder: &Path, results: &mut Results) -> Result<()> {
+    let mut series = Vec::new();
+    let ends = (10.0, 3000.0);
+    for (name, system) in [
+        ("VDM, learned ends, Fourier", VDM),
+        ("VDM, learned ends", VDM_PLAIN),
+        ("VDM, fixed ends, Fourier", VDM_FIXED),
+    ] {
+        let mut points: Vec<(f64, f64)> = [10usize, 100, 1000]
+            .iter()
+            .filter_map(|t| Some((*t as f64, table.mean(system, &vdm_metric(*t))?)))
+            .collect();
+        points.extend(table.mean(system, CONTINUOUS).map(|bits| (ends.1, bits)));
+        series.push(Series::new(name, points));
+    }
+    let mut levels = vec![
+        (
+            "L_hybrid, cosine, 1000 steps",
+            table.mean(HYBRID, &bound_metric(STEPS, LEARNED)),
+        ),
+        (
+            "L_simple, cosine, 1000 steps",
+            table.mean(COSINE, &bound_metric(STEPS, LARGE)),
+        ),
+        ("logistic autoregression", Some(table.autoregressive)),
+        ("histogram of each pixel", Some(table.same.histogram)),
+    ];
+    levels.retain(|(_, bits)| bits.is_some());
+    for (name, bits) in levels {
+        series.push(line(name, bits.unwrap_or(f64::NAN), ends));
+    }
+    let axes = Axes::new(
+        "VDM's bound of T steps (right end: continuous time)",
+        "steps T",
+        "bits/dim",
+    );
+    line_plot(&folder.join("systems.svg"), &axes.log_x().log_y(), &series)?;
+    results.figure(
+        "systems.svg",
+        "More steps tighten the bound; other systems and baselines as lines.",
+    );
+    Ok(())
+}
+
+fn gammas(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<()> {
+    let mut series: Vec<Series> = Vec::new();
+    for outcome in outcomes {
+        if let Some((name, curve)) = &outcome.gamma {
+            if series.iter().all(|s| s.name != *name) {
+                series.push(Series::new(*name, curve.clone()));
+            }
+        }
+    }
+    let axes = Axes::new("VDM's schedules after training", "t", "γ = −ln SNR");
+    line_plot(&folder.join("gamma.svg"), &axes, &series)?;
+    results.figure(
+        "gamma.svg",
+        "The ends are learned by the bound, the shape between them by the variance of its estimate.",
+    );
+    Ok(())
+}
