@@ -2,6 +2,7 @@
 
 mod data;
 mod evaluate;
+mod likelihood;
 mod sample;
 mod train;
 
@@ -22,6 +23,9 @@ pub enum Command {
     /// Measure a model's samples against images that it has not seen.
     #[command(after_help = evaluate::EXAMPLES)]
     Evaluate(evaluate::Evaluate),
+    /// Measure how likely a model holds images that it has not seen, in bits per dimension.
+    #[command(after_help = likelihood::EXAMPLES)]
+    Likelihood(likelihood::Likelihood),
 }
 
 /// Runs a command.
@@ -30,5 +34,6 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Train(command) => train::run(&command, global),
         Command::Sample(command) => sample::run(&command, global),
         Command::Evaluate(command) => evaluate::run(&command, global),
+        Command::Likelihood(command) => likelihood::run(&command, global),
     }
 }

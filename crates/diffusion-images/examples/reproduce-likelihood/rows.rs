@@ -82,7 +82,7 @@ impl Table {
         let own = |m: &&Measured| m.system == system && m.metric == metric;
         let mut rows: Vec<&Measured> = self.measured.iter().filter(own).collect();
         rows.sort_by_key(|m| m.seed);
-        rows.iter().map(|m| m.bits.value).collect()
+        rows.iter().map(|m| m.bits.mean).collect()
     }
 
     /// The mean over the seeds.

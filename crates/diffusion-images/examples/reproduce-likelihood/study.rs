@@ -11,12 +11,13 @@
 //! on 200 images, 0.6 TFLOP.
 
 use crate::data::Digits;
-use crate::measure::{self, Bits, Reverse};
+use crate::measure;
 use crate::train::{ChainLoss, Effort, Learns, STEPS, Shape, System, Trained, train};
 use anyhow::Result;
 use candle_core::Tensor;
 use diffusion_core::loss::{TimeLaw, Weight};
 use diffusion_core::schedule::Schedule;
+use diffusion_images::likelihood::{ReverseVariance, Spread};
 use std::time::Instant;
 
 pub const SIMPLE: &str = "L_simple, linear";
@@ -91,7 +92,7 @@ pub struct Measured {
     pub system: &'static str,
     pub metric: String,
     pub seed: u64,
-    pub bits: Bits,
+    pub bits: Spread,
     pub seconds: f64,
 }
 
@@ -158,7 +159,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn note(&mut self, metric: impl Into<String>, bits: Bits) {
+    fn note(&mut self, metric: impl Into<String>, bits: Spread) {
         self.outcome.measured.push(Measured {
             system: self.system.name,
             metric: metric.into(),
@@ -170,7 +171,10 @@ impl Job<'_> {
 
     /// The number of parts without an error of their own.
     fn note_plain(&mut self, metric: impl Into<String>, value: f64) {
-        self.note(metric, Bits { value, error: 0.0 });
+        self.note(metric, Spread {
+            mean: value,
+            error: 0.0,
+        });
     }
 
     fn chain(&mut self, train: &Tensor) -> Result<()> {
@@ -178,9 +182,9 @@ impl Job<'_> {
         let (net, seed) = (self.trained.denoiser(), self.outcome.seed);
         let test = self.test.clone();
         let main = if self.trained.variance {
-            (LEARNED, Reverse::Learned)
+            (LEARNED, ReverseVariance::Learned)
         } else {
-            (LARGE, Reverse::Large)
+            (LARGE, ReverseVariance::Large)
         };
         let whole = self.system.name == SIMPLE || self.system.name == HYBRID;
         let moments = match whole {
@@ -192,10 +196,10 @@ impl Job<'_> {
         };
         let mut rules = vec![main];
         if whole {
-            rules.push((SMALL, Reverse::Small));
-            rules.push((ANALYTIC, Reverse::Analytic(&moments)));
+            rules.push((SMALL, ReverseVariance::Small));
+            rules.push((ANALYTIC, ReverseVariance::Analytic));
             if main.0 == LEARNED {
-                rules.push((LARGE, Reverse::Large));
+                rules.push((LARGE, ReverseVariance::Large));
             }
         }
         for count in COUNTS {
@@ -204,7 +208,7 @@ impl Job<'_> {
             }
             let kept = measure::steps(&table, count, None)?;
             for (name, reverse) in &rules {
-                let bound = measure::bound(&net, &table, &kept, *reverse, &test, seed)?;
+                let bound = measure::bound(&net, &table, &kept, (*reverse, &moments), &test, seed)?;
                 self.note(bound_metric(count, name), measure::total(&bound)?);
                 if count == STEPS && *name == main.0 {
                     self.parts(&bound)?;
@@ -214,13 +218,13 @@ impl Job<'_> {
                 // E‖ε̂‖²/D is at most 1, its estimate need not be.
                 let bounded: Vec<f64> = moments.iter().map(|m| m.min(1.0)).collect();
                 let kept = measure::steps(&table, count, Some(&bounded))?;
-                let reverse = Reverse::Analytic(&moments);
+                let reverse = (ReverseVariance::Analytic, &moments[..]);
                 let bound = measure::bound(&net, &table, &kept, reverse, &test, seed)?;
                 self.note(bound_metric(count, OPTIMAL), measure::total(&bound)?);
             }
         }
         if self.system.name == SIMPLE {
-            let (bits, _) = measure::flow(&net, &test, false, seed)?;
+            let bits = measure::flow(&net, &test, seed)?;
             self.note(FLOW, bits);
         }
         Ok(())
@@ -270,7 +274,7 @@ impl Job<'_> {
         let test = self.test.clone();
         let rounds = self.amount.rounds;
         self.note(SDE, measure::score_flow(&net, &test, rounds, seed)?);
-        let (bits, _) = measure::flow(&net, &test, false, seed)?;
+        let bits = measure::flow(&net, &test, seed)?;
         self.note(FLOW, bits);
         let bound = measure::bound_of_process(&net, 200, &test, seed)?;
         self.note(PROCESS, measure::total(&bound)?);
