@@ -368,7 +368,10 @@ fn likelihood_in_bits_with_baselines_beside_it() {
     assert_eq!((&bound["count"], &vlb["levels"]), (&5.into(), &17.into()));
     // Six steps of training: worse than counting, which is better than nothing.
     let baseline = |name: &str| bits(&vlb["baselines"][name]);
-    assert!(bits(&bound["total"]["mean"]) > baseline("histogram"), "{vlb}");
+    assert!(
+        bits(&bound["total"]["mean"]) > baseline("histogram"),
+        "{vlb}"
+    );
     assert!(baseline("histogram") < baseline("uniform"), "{vlb}");
     // The size of a batch does not matter.
     let small = with(&["--method", "vlb", "--steps", "5", "--json"]);
@@ -383,12 +386,25 @@ fn likelihood_in_bits_with_baselines_beside_it() {
     assert!(bits(&flow["flow"]["total"]["mean"]).is_finite(), "{flow}");
     assert!(flow["bound"].is_null(), "{flow}");
     let text = succeeds(&with(&["--method", "vlb", "--steps", "3"]), at);
-    assert!(text.contains("histogram of pixels") && text.contains("decoder"), "{text}");
+    assert!(
+        text.contains("histogram of pixels") && text.contains("decoder"),
+        "{text}"
+    );
 
     refuses(&with(&["--steps", "1001"]), at, 2, &["1001", "2 to 1000"]);
-    refuses(&with(&["--variance", "learned"]), at, 2, &["learned", "analytic"]);
+    refuses(
+        &with(&["--variance", "learned"]),
+        at,
+        2,
+        &["learned", "analytic"],
+    );
     refuses(&with(&["--importance", "0"]), at, 2, &["--importance"]);
-    refuses(&["images", "likelihood", "--model", "m", "-n", "0"], at, 2, &["-n", "1 to"]);
+    refuses(
+        &["images", "likelihood", "--model", "m", "-n", "0"],
+        at,
+        2,
+        &["-n", "1 to"],
+    );
     refuses(&with(&["--data", "mnist"]), at, 2, &["--data", "28"]);
 }
 

@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use diffusion_core::Report;
 use diffusion_core::train::Cancel;
 use diffusion_images::likelihood::{
-    Baselines, BoundOptions, BoundReport, FlowOptions, FlowReport, ReverseVariance, baselines, bound,
-    flow, levels,
+    Baselines, BoundOptions, BoundReport, FlowOptions, FlowReport, ReverseVariance, baselines,
+    bound, flow, levels,
 };
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -185,7 +185,10 @@ fn check(args: &Likelihood, held_out: usize) -> Result<()> {
         ("--moments", args.moments),
     ] {
         if value == 0 {
-            return Err(Report::new(option, 0).expected("at least 1").config().into());
+            return Err(Report::new(option, 0)
+                .expected("at least 1")
+                .config()
+                .into());
         }
     }
     Ok(())

@@ -149,8 +149,7 @@ pub fn score_flow(net: &dyn Denoiser, k: &Tensor, rounds: u64, seed: u64) -> Res
     let bin = 2.0 / (LEVELS - 1) as f64;
     let mut sum = vec![0.0; n];
     for round in 0..rounds {
-        let (u, _) =
-            Uniform.draw(k, &mut noise)?;
+        let (u, _) = Uniform.draw(k, &mut noise)?;
         let x = (on_scale(k)? + u.affine(bin, -0.5 * bin)?)?;
         let keys = items
             .clone()

@@ -171,10 +171,13 @@ impl Job<'_> {
 
     /// The number of parts without an error of their own.
     fn note_plain(&mut self, metric: impl Into<String>, value: f64) {
-        self.note(metric, Spread {
-            mean: value,
-            error: 0.0,
-        });
+        self.note(
+            metric,
+            Spread {
+                mean: value,
+                error: 0.0,
+            },
+        );
     }
 
     fn chain(&mut self, train: &Tensor) -> Result<()> {

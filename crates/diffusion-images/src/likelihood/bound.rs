@@ -149,10 +149,12 @@ pub fn bound<'w>(
     let (_, count) = levels(test)?;
     let learned = options.variance == ReverseVariance::Learned;
     if learned && model.config().out_channels != 2 * model.config().in_channels {
-        return Err(Report::new("variance", "learned, but the network predicts none")
-            .expected("a network with twice the output channels")
-            .remedy("use small, large or analytic")
-            .config());
+        return Err(
+            Report::new("variance", "learned, but the network predicts none")
+                .expected("a network with twice the output channels")
+                .remedy("use small, large or analytic")
+                .config(),
+        );
     }
     let kept = even_steps(table.betas().len(), options.steps)?;
     let watch = RefCell::new(watch);
@@ -194,8 +196,7 @@ fn moments<'w>(
         let net = Watched::new(denoiser(model, own.as_ref())?, watch, 0, 0.0);
         let first = (start * options.batch.max(1)) as u64;
         let range = first..first + chunk.len() as u64;
-        let mut noise =
-            CounterNoise::on_stream(options.seed, stream::EVALUATION, range.clone());
+        let mut noise = CounterNoise::on_stream(options.seed, stream::EVALUATION, range.clone());
         let found = noise_moments(&net, &x, &points, &mut noise, range)?;
         for (s, m) in kept.iter().zip(found) {
             all[*s] += m * chunk.len() as f64 / count as f64;

@@ -119,10 +119,12 @@ pub fn flow<'w>(
     let (k, count) = levels(test)?;
     let dims = test.channels() * test.height() * test.width();
     if options.exact && dims > MOST_EXACT {
-        return Err(Report::new("exact divergence", format!("{dims} values an image"))
-            .expected(format!("at most {MOST_EXACT}"))
-            .remedy("leave it to a random direction, which is right on average")
-            .config());
+        return Err(
+            Report::new("exact divergence", format!("{dims} values an image"))
+                .expected(format!("at most {MOST_EXACT}"))
+                .remedy("leave it to a random direction, which is right on average")
+                .config(),
+        );
     }
     if !(1e-12..=0.1).contains(&options.tolerance) || options.draws == 0 {
         let found = format!("{}, {} draws", options.tolerance, options.draws);
@@ -159,8 +161,14 @@ pub fn flow<'w>(
         let net = Watched::new(denoiser(model, own.as_ref())?, &watch, first, 0.0);
         let own = k.narrow(0, first, n)?.to_device(model.device())?;
         let range = first as u64..(first + n) as u64;
-        let (bits, calls) =
-            flow_bits(&method, &net, (&own, count), options.draws, options.seed, range)?;
+        let (bits, calls) = flow_bits(
+            &method,
+            &net,
+            (&own, count),
+            options.draws,
+            options.seed,
+            range,
+        )?;
         all.extend(bits);
         evaluations += (calls * n) as f64;
     }
@@ -171,4 +179,50 @@ pub fn flow<'w>(
         exact: options.exact,
         evaluations: evaluations / all.len().max(1) as f64,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diffusion_core::oracle::Gaussian;
+    use diffusion_core::schedule::Vp;
+
+    /// On Gaussian data the expectation over the noise in a bin is known, and so is the law at the
+    /// start of the process.
+    #[test]
+    fn bits_of_levels_are_those_of_the_exact_law() {
+        const N: usize = 300;
+        let (levels, start) = (5, 1e-3);
+        let (mean, std) = ([0.1, -0.2], [0.5, 0.4]);
+        let oracle = Gaussian::new(mean.to_vec(), std.to_vec());
+        let schedule = Arc::new(Vp::default());
+        let method = OdeLikelihood {
+            divergence: Divergence::Exact,
+            ..OdeLikelihood::new(schedule.clone(), start)
+        };
+        let k = [3.0, 1.0];
+        let all = Tensor::new(&[k], &Device::Cpu).unwrap();
+        let all = all.broadcast_as((N, 2)).unwrap().contiguous().unwrap();
+        let items = 0..N as u64;
+        let (bits, calls) = flow_bits(&method, &oracle, (&all, levels), 1, 5, items).unwrap();
+        assert!(calls > 0);
+        let width = 2.0 / (levels - 1) as f64;
+        let p = schedule.at(start);
+        let exact: f64 = (0..2)
+            .map(|d| {
+                let middle = -1.0 + width * k[d];
+                let variance = (p.alpha * std[d]).powi(2) + p.sigma.powi(2);
+                let square = (middle - p.alpha * mean[d]).powi(2) + width * width / 12.0;
+                let nats = 0.5 * (square / variance + (std::f64::consts::TAU * variance).ln());
+                bits_per_dim(nats - width.ln(), 2)
+            })
+            .sum();
+        let ours = Spread::of(&bits);
+        // The prior stands for the exact law at the end: 1e-4 nats.
+        assert!(
+            (ours.mean - exact).abs() < 4.0 * ours.error + 1e-3,
+            "{ours:?} {exact}"
+        );
+        assert!(ours.error < 0.02, "{ours:?}");
+    }
 }
