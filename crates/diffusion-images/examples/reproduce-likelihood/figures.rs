@@ -2,7 +2,7 @@
 
 use crate::rows::Table;
 use crate::study::*;
-use crate::train::STEPS;
+use crate::train::{GAMMA, STEPS};
 use anyhow::Result;
 use diffusion_core::report::Results;
 use diffusion_images::figure::{Axes, Series, line_plot};
@@ -19,13 +19,13 @@ pub fn draw(
         (
             "variances.svg",
             SIMPLE,
-            &[SMALL, LARGE, ANALYTIC, OPTIMAL][..],
+            &[SMALL, LARGE, ANALYTIC, RESIDUAL, OPTIMAL][..],
             "Bound of K steps, L_simple, linear table",
         ),
         (
             "variances-hybrid.svg",
             HYBRID,
-            &[SMALL, LARGE, LEARNED, ANALYTIC, OPTIMAL],
+            &[SMALL, LARGE, LEARNED, ANALYTIC, RESIDUAL, OPTIMAL],
             "Bound of K steps, L_hybrid, cosine table",
         ),
     ] {
@@ -51,6 +51,11 @@ pub fn draw(
     gammas(outcomes, folder, results)
 }
 
+/// Nothing to see: it makes room for the legend above the curves.
+fn room(x: f64, top: f64) -> Series {
+    Series::new("", vec![(x, top), (x, top)])
+}
+
 fn line(name: &str, value: f64, (low, high): (f64, f64)) -> Series {
     Series::new(name, vec![(low, value), (high, value)])
 }
@@ -65,9 +70,10 @@ fn terms(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<(
         if series.iter().any(|s| s.name == *name) {
             continue;
         }
-        // Means over an eighth of an octave: a term of a batch is noisy.
+        // Means over a third of an octave: a term of a batch is noisy. The decoder's term is next to
+        // nothing.
         let mut points = Vec::new();
-        let mut low = 1usize;
+        let mut low = 2usize;
         while low <= terms.len() {
             let high = ((low as f64 * 1.3).ceil() as usize)
                 .min(terms.len() + 1)
@@ -81,7 +87,7 @@ fn terms(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<(
     }
     let axes = Axes::new(
         "Terms of the bound, 1000 steps",
-        "step t (1 is the decoder)",
+        "step t",
         "bits/dim of a step",
     );
     line_plot(&folder.join("terms.svg"), &axes.log_x().log_y(), &series)?;
@@ -124,6 +130,7 @@ fn limits(table: &Table, folder: &Path, results: &mut Results) -> Result<()> {
     for (name, bits) in levels {
         series.push(line(name, bits.unwrap_or(f64::NAN), ends));
     }
+    series.push(room(ends.1, 40.0));
     let axes = Axes::new(
         "VDM's bound of T steps (right end: continuous time)",
         "steps T",
@@ -142,11 +149,21 @@ fn gammas(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<
     for outcome in outcomes {
         if let Some((name, curve)) = &outcome.gamma {
             if series.iter().all(|s| s.name != *name) {
-                series.push(Series::new(*name, curve.clone()));
+                let (low, high) = GAMMA;
+                let straight = |t: f64| low + (high - low) * t;
+                let points = curve.iter().map(|(t, gamma)| (*t, gamma - straight(*t)));
+                series.push(Series::new(*name, points.collect()));
             }
         }
     }
-    let axes = Axes::new("VDM's schedules after training", "t", "γ = −ln SNR");
+    let all = series.iter().flat_map(|s| &s.points).map(|p| p.1);
+    let (low, high) = all.fold((0.0f64, 0.0f64), |(a, b), v| (a.min(v), b.max(v)));
+    series.push(room(1.0, high + 0.5 * (high - low)));
+    let axes = Axes::new(
+        "VDM's schedules after training, less the fixed one",
+        "t",
+        "γ(t) − (−7.75 + 12.75 t)",
+    );
     line_plot(&folder.join("gamma.svg"), &axes, &series)?;
     results.figure(
         "gamma.svg",

@@ -243,7 +243,7 @@ impl Table {
             ));
             claims.push((
                 format!("K = {count}: the optimal trajectory below even steps, linear"),
-                vec![at(SIMPLE, count, OPTIMAL), at(SIMPLE, count, ANALYTIC)],
+                vec![at(SIMPLE, count, OPTIMAL), at(SIMPLE, count, RESIDUAL)],
             ));
             claims.push((
                 format!("K = {count}: learned below fixed large, one network"),
@@ -282,7 +282,7 @@ impl Table {
             better: Better::Higher,
             note: format!(
                 "{verdict}; means {}; {LEVELS} levels, {} training steps",
-                means.join(" < "),
+                means.join(", "),
                 self.amount.effort.steps
             ),
             ..self.row(
