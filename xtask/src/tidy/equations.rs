@@ -28,6 +28,7 @@ const SECTIONS: &[(&str, usize)] = &[
     ("F6", 15),
     ("F7", 24),
     ("F8", 24),
+    ("F9", 3),
 ];
 
 /// A row of one of the tables.
