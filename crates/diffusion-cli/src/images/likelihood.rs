@@ -13,7 +13,6 @@ use diffusion_images::likelihood::{
     Baselines, BoundOptions, BoundReport, FlowOptions, FlowReport, ReverseVariance, baselines,
     bound, flow, levels,
 };
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -120,12 +119,7 @@ pub fn run(args: &Likelihood, global: &Global) -> Result<ExitCode> {
     let baselines = baselines(&known, &held_out, count)?;
     let cancel = Cancel::new();
     interrupt::listen(&cancel)?;
-    let watched = |work: &mut dyn FnMut(&mut dyn FnMut(f64) -> ControlFlow<()>) -> Result<()>| {
-        let progress = Progress::new(test.len() as u64, global.quiet, &cancel);
-        let result = work(&mut |done| progress.at(done));
-        progress.done();
-        result
-    };
+    let progress = || Progress::new(test.len() as u64, global.quiet, &cancel);
     let (mut found_bound, mut found_flow) = (None, None);
     if args.method != Method::Ode {
         let options = BoundOptions {
@@ -140,10 +134,10 @@ pub fn run(args: &Likelihood, global: &Global) -> Result<ExitCode> {
             batch: args.batch,
             seed,
         };
-        watched(&mut |watch| {
-            found_bound = Some(bound(&model, train, &test, &options, &mut |d| watch(d))?);
-            Ok(())
-        })?;
+        let shown = progress();
+        let result = bound(&model, train, &test, &options, &mut |done| shown.at(done));
+        shown.done();
+        found_bound = Some(result?);
     }
     if args.method != Method::Vlb {
         let options = FlowOptions {
@@ -153,10 +147,10 @@ pub fn run(args: &Likelihood, global: &Global) -> Result<ExitCode> {
             batch: args.batch,
             seed,
         };
-        watched(&mut |watch| {
-            found_flow = Some(flow(&model, &test, &options, &mut |d| watch(d))?);
-            Ok(())
-        })?;
+        let shown = progress();
+        let result = flow(&model, &test, &options, &mut |done| shown.at(done));
+        shown.done();
+        found_flow = Some(result?);
     }
     report(
         &Found {

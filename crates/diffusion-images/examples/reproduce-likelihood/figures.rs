@@ -146,14 +146,12 @@ fn limits(table: &Table, folder: &Path, results: &mut Results) -> Result<()> {
 
 fn gammas(outcomes: &[Outcome], folder: &Path, results: &mut Results) -> Result<()> {
     let mut series: Vec<Series> = Vec::new();
-    for outcome in outcomes {
-        if let Some((name, curve)) = &outcome.gamma {
-            if series.iter().all(|s| s.name != *name) {
-                let (low, high) = GAMMA;
-                let straight = |t: f64| low + (high - low) * t;
-                let points = curve.iter().map(|(t, gamma)| (*t, gamma - straight(*t)));
-                series.push(Series::new(*name, points.collect()));
-            }
+    let (low, high) = GAMMA;
+    for (name, curve) in outcomes.iter().filter_map(|o| o.gamma.as_ref()) {
+        if series.iter().all(|s| s.name != *name) {
+            let fixed = |t: f64| low + (high - low) * t;
+            let points = curve.iter().map(|(t, gamma)| (*t, gamma - fixed(*t)));
+            series.push(Series::new(*name, points.collect()));
         }
     }
     let all = series.iter().flat_map(|s| &s.points).map(|p| p.1);
