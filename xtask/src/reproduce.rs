@@ -74,6 +74,12 @@ const SECTIONS: &[Section] = &[
         example: "reproduce-images",
         features: &["figures"],
     },
+    Section {
+        name: "likelihood",
+        package: "diffusion-images",
+        example: "reproduce-likelihood",
+        features: &["figures"],
+    },
 ];
 
 /// Runs the sections one after another, then writes the page, even when one has failed.

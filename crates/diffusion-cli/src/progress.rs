@@ -50,6 +50,16 @@ impl Progress {
         }
     }
 
+    /// Shows how far the work is; breaks off when it was cancelled.
+    pub fn at(&self, done: f64) -> ControlFlow<()> {
+        self.bar.set_position(done as u64);
+        if self.cancel.is_set() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
     /// Takes the bar away.
     pub fn done(&self) {
         self.bar.finish_and_clear();

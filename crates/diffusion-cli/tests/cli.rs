@@ -346,6 +346,69 @@ fn evaluate_says_how_far_samples_are_from_real_images() {
 }
 
 #[test]
+fn likelihood_in_bits_with_baselines_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let train: Vec<&str> = TINY.iter().copied().chain(["m"]).collect();
+    succeeds(&train, at);
+    fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        let command = ["images", "likelihood", "--model", "m", "-n", "6", "-q"];
+        [&command[..], more].concat()
+    }
+    let found = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&succeeds(&[&with(more)[..], &["--json"]].concat(), at)).unwrap()
+    };
+    let vlb = found(&["--method", "vlb", "--steps", "5", "--variance", "analytic"]);
+    let bits = |of: &serde_json::Value| of.as_f64().unwrap();
+    let bound = &vlb["bound"];
+    let steps = bound["steps"].as_array().unwrap();
+    let parts: f64 = steps.iter().map(|p| bits(&p["bits"])).sum();
+    let sum = parts + bits(&bound["prior"]) + bits(&bound["decoder"]);
+    assert!((sum - bits(&bound["total"]["mean"])).abs() < 1e-4, "{vlb}");
+    assert_eq!((&bound["count"], &vlb["levels"]), (&5.into(), &17.into()));
+    // Six steps of training: worse than counting, which is better than nothing.
+    let baseline = |name: &str| bits(&vlb["baselines"][name]);
+    assert!(
+        bits(&bound["total"]["mean"]) > baseline("histogram"),
+        "{vlb}"
+    );
+    assert!(baseline("histogram") < baseline("uniform"), "{vlb}");
+    // The size of a batch does not matter.
+    let small = with(&["--method", "vlb", "--steps", "5", "--json"]);
+    let whole = succeeds(&small, at);
+    let halves: serde_json::Value =
+        serde_json::from_str(&succeeds(&[&small[..], &["--batch", "4"]].concat(), at)).unwrap();
+    let whole: serde_json::Value = serde_json::from_str(&whole).unwrap();
+    let total = |found: &serde_json::Value| bits(&found["bound"]["total"]["mean"]);
+    assert!((total(&whole) - total(&halves)).abs() < 1e-4);
+
+    let flow = found(&["--method", "ode", "--tolerance", "0.01"]);
+    assert!(bits(&flow["flow"]["total"]["mean"]).is_finite(), "{flow}");
+    assert!(flow["bound"].is_null(), "{flow}");
+    let text = succeeds(&with(&["--method", "vlb", "--steps", "3"]), at);
+    assert!(
+        text.contains("histogram of pixels") && text.contains("decoder"),
+        "{text}"
+    );
+
+    refuses(&with(&["--steps", "1001"]), at, 2, &["1001", "2 to 1000"]);
+    refuses(
+        &with(&["--variance", "learned"]),
+        at,
+        2,
+        &["learned", "analytic"],
+    );
+    refuses(&with(&["--importance", "0"]), at, 2, &["--importance"]);
+    refuses(
+        &["images", "likelihood", "--model", "m", "-n", "0"],
+        at,
+        2,
+        &["-n", "1 to"],
+    );
+    refuses(&with(&["--data", "mnist"]), at, 2, &["--data", "28"]);
+}
+
+#[test]
 fn convert_between_files_and_folders() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();

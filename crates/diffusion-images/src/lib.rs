@@ -25,6 +25,7 @@ pub mod distilled;
 pub mod figure;
 pub mod grid;
 pub mod invert;
+pub mod likelihood;
 pub mod metric;
 pub mod model;
 pub mod picture;

@@ -30,6 +30,7 @@ const SECTIONS: &[(&str, usize)] = &[
     ("F8", 24),
     ("F9", 16),
     ("F10", 23),
+    ("F11", 3),
 ];
 
 /// A row of one of the tables.

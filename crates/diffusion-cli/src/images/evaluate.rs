@@ -5,16 +5,17 @@ use crate::out::{note, out};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
+use candle_core::Device;
 use clap::Args;
 use diffusion_core::Report;
 use diffusion_core::guide::Clip;
 use diffusion_core::limits::Limits;
 use diffusion_core::train::Cancel;
-use diffusion_images::data::Dataset;
+use diffusion_images::data::{Dataset, Splits};
 use diffusion_images::metric::inception::Inception;
 use diffusion_images::metric::{Classifier, ClassifierConfig, Evaluation, Judge, View};
 use diffusion_images::model::{ImageModel, SampleRequest};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 pub const EXAMPLES: &str = "Example:
@@ -62,32 +63,15 @@ const FEWEST: usize = 12;
 pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
     let seed = global.seed.unwrap_or(0);
-    let (source, record) = args.data.of_model(&args.model)?;
-    let (splits, _) = args.data.open(&source)?;
-    if let Some(record) = &record {
-        if args.data.names_other(record)? {
-            note!("the model learned from other data: {}", record.data.source);
-        } else {
-            must_be_those(record, &source, &splits)?;
-        }
-    }
-    let model = ImageModel::open(&args.model, &device)?;
+    let (model, splits) = opened(&args.model, &args.data, &device)?;
     let (train, test) = (&splits.train, &splits.test);
-    let shape = [train.channels(), train.height(), train.width()];
-    if model.image_shape()? != shape {
-        return Err(Report::new("--data", format!("images of {shape:?}"))
-            .expected(format!("{:?}, as the model makes", model.image_shape()?))
-            .remedy("give the data that the model was trained on")
-            .config()
-            .into());
-    }
     if test.len() < FEWEST {
         let found = format!(
             "{} held-out images of {}",
             test.len(),
             train.len() + test.len()
         );
-        return Err(Report::new(format!("data `{}`", source.source), found)
+        return Err(Report::new(format!("data `{}`", test.name()), found)
             .expected(format!(
                 "at least {FEWEST} held-out images, to compare with"
             ))
@@ -141,6 +125,30 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// A model and the data that it learned from, or others of the same shape that are named.
+pub fn opened(folder: &Path, data: &DataArgs, device: &Device) -> Result<(ImageModel, Splits)> {
+    let (source, record) = data.of_model(folder)?;
+    let (splits, _) = data.open(&source)?;
+    if let Some(record) = &record {
+        if data.names_other(record)? {
+            note!("the model learned from other data: {}", record.data.source);
+        } else {
+            must_be_those(record, &source, &splits)?;
+        }
+    }
+    let model = ImageModel::open(folder, device)?;
+    let train = &splits.train;
+    let shape = [train.channels(), train.height(), train.width()];
+    if model.image_shape()? != shape {
+        return Err(Report::new("--data", format!("images of {shape:?}"))
+            .expected(format!("{:?}, as the model makes", model.image_shape()?))
+            .remedy("give the data that the model was trained on")
+            .config()
+            .into());
+    }
+    Ok((model, splits))
+}
+
 /// The classes to ask for: as often as they occur among the held-out images.
 fn classes(model: &ImageModel, test: &Dataset, count: usize) -> Result<Option<Vec<u32>>> {
     if model.classes().is_empty() {
@@ -167,7 +175,7 @@ fn floor(
     seed: u64,
 ) -> Result<Evaluation> {
     let (even, odd) = test.halves()?;
-    let (images, _) = odd.all(&candle_core::Device::Cpu)?;
+    let (images, _) = odd.all(&Device::Cpu)?;
     Ok(Judge::with_view(view, classifier, train, &even)?.evaluate(&images, odd.labels(), seed)?)
 }
 

@@ -4,6 +4,7 @@ mod data;
 mod distill;
 mod evaluate;
 mod invert;
+mod likelihood;
 mod sample;
 mod train;
 
@@ -33,6 +34,9 @@ pub enum Command {
     /// Find the noise that a model makes given images from, and make them again.
     #[command(after_help = invert::EXAMPLES)]
     Invert(invert::Invert),
+    /// Measure how likely a model holds images that it has not seen, in bits per dimension.
+    #[command(after_help = likelihood::EXAMPLES)]
+    Likelihood(likelihood::Likelihood),
 }
 
 /// Runs a command.
@@ -43,6 +47,7 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Sample(command) => sample::run(&command, global),
         Command::Evaluate(command) => evaluate::run(&command, global),
         Command::Invert(command) => invert::run(&command, global),
+        Command::Likelihood(command) => likelihood::run(&command, global),
     }
 }
 

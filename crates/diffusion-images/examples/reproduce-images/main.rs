@@ -5,6 +5,7 @@
 //! seeds of training and sampling, beside baselines that a sceptic would ask for.
 
 mod baselines;
+#[path = "../shared/jobs.rs"]
 mod jobs;
 mod pictures;
 mod plan;

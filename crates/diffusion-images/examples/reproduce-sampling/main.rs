@@ -7,7 +7,7 @@
 mod digits;
 mod few;
 mod inversion;
-#[path = "../reproduce-images/jobs.rs"]
+#[path = "../shared/jobs.rs"]
 mod jobs;
 mod oracle;
 mod partial;
