@@ -46,7 +46,7 @@ pub fn students(
     seed: u64,
 ) -> Result<Vec<Student>> {
     let steps = match options.preset {
-        Preset::Quick => 400,
+        Preset::Quick => 300,
         Preset::Paper => 5000,
     };
     let mut config = DistillConfig::new(folder, Method::Progressive, 1, steps)?;
@@ -158,7 +158,7 @@ pub fn rows(
         &[
             Series::new("progressive distillation", curve(0)),
             Series::new("DDIM, not distilled", curve(1)),
-            Series::new("training images", floor),
+            Series::new("halves of the test images", floor),
         ],
     )?;
     results.figure(
