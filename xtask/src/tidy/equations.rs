@@ -29,7 +29,7 @@ const SECTIONS: &[(&str, usize)] = &[
     ("F7", 24),
     ("F8", 24),
     ("F9", 16),
-    ("F10", 23),
+    ("F10", 29),
 ];
 
 /// A row of one of the tables.
