@@ -85,11 +85,11 @@ mod tests {
     use crate::tensor::gradient;
     use candle_core::{DType, Device};
 
-    /// Data `N(0.4, 0.5²)` with noise and times, `n` items of 3 coordinates.
+    /// Data `N(2, 0.5²)` with noise and times, `n` items of 3 coordinates.
     fn draws<S: LinearSde>(sde: &S, n: usize) -> (Tensor, Tensor, Vec<f64>) {
         let like = Tensor::zeros((n, 3), DType::F64, &Device::Cpu).unwrap();
         let mut noise = CounterNoise::new(5, 0..n as u64);
-        let x0 = noise.normal(&like).unwrap().affine(0.5, 0.4).unwrap();
+        let x0 = noise.normal(&like).unwrap().affine(0.5, 2.0).unwrap();
         let u0 = sde.lift(&x0, &mut noise).unwrap();
         let epsilon = noise.normal(&u0).unwrap();
         let times = (0..n).map(|i| 0.01 + 0.99 * (i as f64 + 0.5) / n as f64);
@@ -113,7 +113,7 @@ mod tests {
     fn is_least<S: LinearSde>(sde: S, name: &str) {
         let n = 4000;
         let root = Root::new(sde).unwrap();
-        let oracle = BlockMixture::new(&root, &[(1.0, 0.4, 0.5)]).unwrap();
+        let oracle = BlockMixture::new(&root, &[(1.0, 2.0, 0.5)]).unwrap();
         let (u0, epsilon, times) = draws(root.sde(), n);
         let losses = block_losses(&root, &oracle, &u0, &epsilon, &times, |_| 1.0).unwrap();
         let losses = losses.to_vec1::<f64>().unwrap();
@@ -158,6 +158,24 @@ mod tests {
         is_least(Scalar(Vp::default()), "VP");
     }
 
+    #[test]
+    fn every_item_stands_at_its_own_time() {
+        let root = Root::new(Cld::default()).unwrap();
+        let (u0, epsilon, times) = draws(root.sde(), 5);
+        let u = perturb_blocks(&root, &u0, &epsilon, &times).unwrap();
+        let values = |t: &Tensor| t.to_vec3::<f64>().unwrap();
+        let (u, u0, epsilon) = (values(&u), values(&u0), values(&epsilon));
+        for (i, t) in times.iter().enumerate() {
+            let (psi, r) = (root.sde().transition(0.0, *t).0, root.at(*t).unwrap().0);
+            for (row, d) in (0..2).flat_map(|row| (0..3).map(move |d| (row, d))) {
+                let exact: f64 = (0..2)
+                    .map(|j| psi[row][j] * u0[i][j][d] + r[row][j] * epsilon[i][j][d])
+                    .sum();
+                assert!((u[i][row][d] - exact).abs() < 1e-14);
+            }
+        }
+    }
+
     /// With the velocity drawn the exact ε is another, but the noise enters as before.
     #[test]
     fn a_drawn_velocity_is_no_part_of_the_noise() {
@@ -174,7 +192,7 @@ mod tests {
         let v = v.to_vec1::<f64>().unwrap();
         // The marginal of the velocity is that of the process whose velocity is marginalised.
         let psi = drawn.mean(t);
-        let mean = psi.0[1][0] * 0.4;
+        let mean = psi.0[1][0] * 2.0;
         let whole = Cld::default().covariance(t).0[1][1] + (psi.0[1][0] * 0.5).powi(2);
         let var = v.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / v.len() as f64;
         let error = whole * (2.0 / v.len() as f64).sqrt();
