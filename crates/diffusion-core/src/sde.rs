@@ -5,10 +5,18 @@
 //! reverse            dx = [f x − g² ∇log p_t(x)] dt + g dw̄           (eq. 6)
 //! probability flow   dx/dt = f x − ½ g² ∇log p_t(x)                  (eq. 13)
 //! ```
+//!
+//! [`LinearSde`] is the view of processes that couple a position with a velocity.
 
 mod discrete;
+mod linear;
+mod root;
 
 pub use discrete::{Discretisation, Kernel};
+pub use linear::{
+    Block, BlockNetwork, Cld, LinearSde, Scalar, Velocity, combine_blocks, linear_prior,
+};
+pub use root::Root;
 
 use crate::error::Result;
 use crate::schedule::Rates;

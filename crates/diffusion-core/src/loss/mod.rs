@@ -10,7 +10,9 @@
 //! where `y` is whatever the network predicts. [`Weight`] says what the weight means, [`TimeLaw`]
 //! how `t` is drawn, and [`Denoising`] puts the two together. [`high_order`] also matches the
 //! derivatives of the score, which the likelihood of the probability flow depends on.
+//! [`block_losses`] is the loss where position and velocity are noised together.
 
+mod block;
 mod denoising;
 pub mod high_order;
 mod hybrid;
@@ -19,6 +21,7 @@ mod time;
 pub mod vdm;
 mod weight;
 
+pub use block::{block_losses, perturb_blocks};
 pub use denoising::{Denoising, weighted_error};
 pub use high_order::{HighOrder, Orders};
 pub use hybrid::{Hybrid, HybridLoss, HybridLosses};

@@ -19,6 +19,7 @@
 //! | [`dpm_pp_sde`] | DPM-Solver++ SDE of k-diffusion | stochastic |
 //! | [`kdpm2`] | DPM2 of k-diffusion, plain and ancestral | 2 |
 //! | [`deis`] | DEIS in ρ, ln ρ and t; the linear multistep method | 1 to 4 |
+//! | [`gddim`] | gDDIM, for linear diffusions of position and velocity | 1 to 3 |
 //! | [`unipc`] | UniPC, any order, both `B(h)` | order + 1 |
 //! | [`pndm`] | F-PNDM, PLMS, iPNDM | unstated |
 //! | [`sa_solver`] | SA-Solver, predictor and corrector | stochastic |
@@ -55,6 +56,7 @@ pub mod exponential;
 pub mod fit;
 pub mod flow_heun;
 pub mod flow_rk;
+pub mod gddim;
 pub mod heun;
 pub mod inpaint;
 pub mod inversion;
@@ -90,6 +92,7 @@ pub use euler_maruyama::EulerMaruyama;
 pub use exponential::{Belief, Rule};
 pub use flow_heun::FlowHeun;
 pub use flow_rk::FlowRk;
+pub use gddim::{Gddim, GddimPlan, power_times};
 pub use heun::Heun;
 pub use inpaint::Inpaint;
 pub use inversion::Inversion;
