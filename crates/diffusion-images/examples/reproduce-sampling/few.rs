@@ -46,7 +46,7 @@ pub fn students(
     seed: u64,
 ) -> Result<Vec<Student>> {
     let steps = match options.preset {
-        Preset::Quick => 300,
+        Preset::Quick => 600,
         Preset::Paper => 5000,
     };
     let mut config = DistillConfig::new(folder, Method::Progressive, 1, steps)?;
