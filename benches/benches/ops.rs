@@ -1,9 +1,12 @@
-//! The cases of `ops`, under the names that the comparison with other libraries uses.
+//! The cases of `ops`, under the names that the comparison with other libraries uses, and the
+//! noise of a batch.
 
 #![allow(missing_docs, clippy::expect_used)] // A bench that cannot run has nobody to report to.
 
+use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use diffusion_benches::{Case, specs};
+use diffusion_core::noise::{CounterNoise, Noise};
 use std::time::Duration;
 
 fn ops(c: &mut Criterion) {
@@ -24,6 +27,12 @@ fn ops(c: &mut Criterion) {
             b.iter(|| case.call().expect("a call"));
         });
     }
+    // Random numbers have no counterpart elsewhere that draws the same.
+    group.bench_function("normal-64x3x32x32", |b| {
+        let like = Tensor::zeros((64, 3, 32, 32), DType::F32, &Device::Cpu).expect("a tensor");
+        let mut noise = CounterNoise::new(1, 0..64);
+        b.iter(|| noise.normal(&like).expect("noise"));
+    });
     group.finish();
 }
 

@@ -1,7 +1,7 @@
 //! Where noise comes from: counter-based streams, or a recording.
 
 use crate::error::{Report, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use diffusion_ops::rng::{Key, stream};
 use rayon::prelude::*;
 use std::collections::VecDeque;
@@ -85,7 +85,12 @@ impl CounterNoise {
         Self { step, ..self }
     }
 
-    fn fill(&self, like: &Tensor, draw: impl Fn(Key, &mut [f64]) + Sync) -> Result<Tensor> {
+    /// A tensor like `like` of what `draw` writes into the row of each item.
+    fn fill<T: WithDType>(
+        &self,
+        like: &Tensor,
+        draw: impl Fn(Key, &mut [T]) + Sync,
+    ) -> Result<Tensor> {
         let batch = like.dim(0)?;
         if batch as u64 != self.items.end - self.items.start {
             return Err(Report::new("noise", format!("a batch of {batch}"))
@@ -103,48 +108,44 @@ impl CounterNoise {
             item: self.items.start + row as u64,
             step: self.step,
         };
-        let cpu = candle_core::Device::Cpu;
+        let mut values = vec![T::zero(); like.elem_count()];
         // Rows are independent, so that any number of threads draws the same.
-        let noise = if like.dtype() == DType::F32 {
-            let mut values = vec![0f32; like.elem_count()];
-            values.par_chunks_mut(size).enumerate().for_each_init(
-                || vec![0f64; size],
-                |wide, (row, out)| {
-                    wide.fill(0.0);
-                    draw(key(row), wide);
-                    for (narrow, wide) in out.iter_mut().zip(wide.iter()) {
-                        *narrow = *wide as f32;
-                    }
-                },
-            );
-            Tensor::from_vec(values, like.shape(), &cpu)?
-        } else {
-            let mut values = vec![0f64; like.elem_count()];
-            let rows = values.par_chunks_mut(size).enumerate();
-            rows.for_each(|(row, out)| draw(key(row), out));
-            Tensor::from_vec(values, like.shape(), &cpu)?
-        };
+        let rows = values.par_chunks_mut(size).enumerate();
+        rows.for_each(|(row, out)| draw(key(row), out));
+        let noise = Tensor::from_vec(values, like.shape(), &Device::Cpu)?;
         Ok(noise.to_dtype(like.dtype())?.to_device(like.device())?)
+    }
+
+    /// Increments of the paths over an interval that may depend on the place in the batch.
+    fn increments(
+        &self,
+        like: &Tensor,
+        span: impl Fn(usize) -> (f64, f64) + Sync,
+    ) -> Result<Tensor> {
+        self.fill(like, |key, row: &mut [f64]| {
+            let place = key.item.wrapping_sub(self.items.start) as usize;
+            increment(key, span(place), row);
+        })
     }
 }
 
 impl Noise for CounterNoise {
     fn normal(&mut self, like: &Tensor) -> Result<Tensor> {
-        let noise = self.fill(like, |key, row| key.fill_normal(row))?;
+        let noise = match like.dtype() {
+            DType::F32 => self.fill(like, Key::fill_normal_f32)?,
+            _ => self.fill(like, Key::fill_normal)?,
+        };
         self.step += 1;
         Ok(noise)
     }
 
     fn brownian(&mut self, like: &Tensor, from: f64, to: f64) -> Result<Tensor> {
-        self.fill(like, |key, row| increment(key, (from, to), row))
+        self.increments(like, |_| (from, to))
     }
 
     fn brownian_each(&mut self, like: &Tensor, spans: &[(f64, f64)]) -> Result<Tensor> {
         one_span_an_item(like, spans)?;
-        self.fill(like, |key, row| {
-            let place = key.item.wrapping_sub(self.items.start) as usize;
-            increment(key, spans.get(place).copied().unwrap_or_default(), row);
-        })
+        self.increments(like, |place| spans.get(place).copied().unwrap_or_default())
     }
 
     fn child(&mut self, label: u64) -> Box<dyn Noise> {
@@ -173,7 +174,14 @@ fn increment(key: Key, (from, to): (f64, f64), row: &mut [f64]) {
         stream: stream::BROWNIAN ^ key.stream.rotate_left(32),
         ..key
     };
-    let (a, b) = (path(key, from, row.len()), path(key, to, row.len()));
+    let mut first = Bridge::new(key, from, row.len());
+    let second = if (from < 0.0) == (to < 0.0) {
+        while first.descend(&[from, to]) {}
+        first.clone()
+    } else {
+        Bridge::new(key, to, row.len())
+    };
+    let (a, b) = (first.value(from), second.value(to));
     for ((out, a), b) in row.iter_mut().zip(a).zip(b) {
         *out = b - a;
     }
@@ -184,51 +192,85 @@ const PATH_SPAN: f64 = 1024.0;
 /// Levels of the bridge; below them the path is a straight line of length `2⁻³⁰`.
 const PATH_DEPTH: u32 = 40;
 
-/// `W(t)` with `W(0) = 0` by the Brownian bridge, each node's draw being a function of its place:
-/// given the ends of an interval, the middle is their mean plus normal noise of variance a
+/// An interval of the Brownian bridge with `W(0) = 0`, each node's draw being a function of its
+/// place: given the ends of an interval, the middle is their mean plus normal noise of variance a
 /// quarter of its length (Lévy).
-fn path(key: Key, t: f64, n: usize) -> Vec<f64> {
-    let side = u64::from(t < 0.0);
-    let target = t.abs().min(PATH_SPAN);
-    let node = |level: u32, index: u64| {
-        Key {
-            step: (side << 63) | (u64::from(level) << 48) | index,
-            ..key
+///
+/// Times are told by their distance from 0; the two sides of it are two bridges.
+#[derive(Clone)]
+struct Bridge {
+    key: Key,
+    level: u32,
+    index: u64,
+    low: f64,
+    high: f64,
+    left: Vec<f64>,
+    right: Vec<f64>,
+}
+
+impl Bridge {
+    /// The whole side on which `t` lies.
+    fn new(key: Key, t: f64, n: usize) -> Self {
+        let key = key.step(u64::from(t < 0.0) << 63);
+        let mut right = key.normal(n);
+        for z in &mut right {
+            *z *= PATH_SPAN.sqrt();
         }
-        .normal(n)
-    };
-    let (mut low, mut high) = (0.0, PATH_SPAN);
-    let mut left = vec![0.0; n];
-    let mut right: Vec<f64> = node(0, 0)
-        .into_iter()
-        .map(|z| z * PATH_SPAN.sqrt())
-        .collect();
-    let mut index = 0u64;
-    for level in 1..=PATH_DEPTH {
-        if target == low {
-            return left;
-        }
-        let middle = 0.5 * (low + high);
-        let std = 0.5 * (high - low).sqrt();
-        let centre: Vec<f64> = left
-            .iter()
-            .zip(&right)
-            .zip(node(level, index))
-            .map(|((a, b), z)| 0.5 * (a + b) + std * z)
-            .collect();
-        index *= 2;
-        if target < middle {
-            (high, right) = (middle, centre);
-        } else {
-            (low, left) = (middle, centre);
-            index += 1;
+        Self {
+            key,
+            level: 0,
+            index: 0,
+            low: 0.0,
+            high: PATH_SPAN,
+            left: vec![0.0; n],
+            right,
         }
     }
-    let u = (target - low) / (high - low);
-    left.iter()
-        .zip(&right)
-        .map(|(a, b)| a + u * (b - a))
-        .collect()
+
+    /// Takes the half in which all the times lie; `false` if there is none, or no need for one.
+    fn descend(&mut self, times: &[f64]) -> bool {
+        let middle = 0.5 * (self.low + self.high);
+        let mut targets = times.iter().map(|t| distance(*t));
+        let below = targets.clone().filter(|t| *t < middle).count();
+        if self.level == PATH_DEPTH
+            || targets.any(|t| t == self.low)
+            || (below != 0 && below != times.len())
+        {
+            return false;
+        }
+        self.level += 1;
+        let place = (u64::from(self.level) << 48) | self.index;
+        let mut centre = self.key.step(self.key.step | place).normal(self.left.len());
+        let std = 0.5 * (self.high - self.low).sqrt();
+        for ((z, a), b) in centre.iter_mut().zip(&self.left).zip(&self.right) {
+            *z = 0.5 * (a + b) + std * *z;
+        }
+        self.index *= 2;
+        if below > 0 {
+            (self.high, self.right) = (middle, centre);
+        } else {
+            (self.low, self.left) = (middle, centre);
+            self.index += 1;
+        }
+        true
+    }
+
+    /// `W(t)` of a time in the interval.
+    fn value(mut self, t: f64) -> Vec<f64> {
+        while self.descend(&[t]) {}
+        if self.level < PATH_DEPTH {
+            return self.left;
+        }
+        let u = (distance(t) - self.low) / (self.high - self.low);
+        for (a, b) in self.left.iter_mut().zip(&self.right) {
+            *a += u * (b - *a);
+        }
+        self.left
+    }
+}
+
+fn distance(t: f64) -> f64 {
+    t.abs().min(PATH_SPAN)
 }
 
 /// Tensors replayed in the order in which they were recorded: parity with other libraries.
@@ -289,7 +331,6 @@ impl Noise for RecordedNoise {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     fn rows(items: Range<u64>, draws: usize) -> Vec<Vec<f32>> {
         let like = Tensor::zeros(
@@ -359,6 +400,31 @@ mod tests {
         assert!(cov.abs() < 0.35 * tolerance);
         let back = get(0.9, 0.2);
         assert!(back.iter().zip(&whole).all(|(a, b)| a + b == 0.0));
+    }
+
+    #[test]
+    fn brownian_paths_never_change() {
+        let spans = [
+            (0.2, 0.9),
+            (0.0, 0.3),
+            (-0.4, 0.7),
+            (80.0, 79.5),
+            (512.0, 0.25),
+            (-3.0, 2e3),
+        ];
+        let like = Tensor::zeros((spans.len(), 7), DType::F64, &Device::Cpu).unwrap();
+        let paths = CounterNoise::new(3, 4..10).brownian_each(&like, &spans);
+        let paths = paths.unwrap().flatten_all().unwrap();
+        // FNV-1a over the bits.
+        let folded = paths
+            .to_vec1::<f64>()
+            .unwrap()
+            .iter()
+            .flat_map(|w| w.to_bits().to_le_bytes())
+            .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            });
+        assert_eq!(folded, 0x1bea_ec8f_6dac_cb3f);
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod group_norm;
 mod layer_norm;
 mod linear;
 mod mm;
+mod normal;
 mod optimiser;
 mod recompute;
 mod resample;

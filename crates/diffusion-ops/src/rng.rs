@@ -9,6 +9,7 @@
 //! to normal values uses the `libm` crate, not the platform's, so that the numbers are the same
 //! bytes on every machine.
 
+use crate::normal::{self, unit};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
@@ -116,15 +117,12 @@ impl Key {
 
     /// [`Key::normal`] into a slice.
     pub fn fill_normal(self, out: &mut [f64]) {
-        let mut rng = self.rng();
-        for pair in out.chunks_mut(2) {
-            let radius = libm::sqrt(-2.0 * libm::log(1.0 - unit(rng.next_u64())));
-            let (sin, cos) = libm::sincos(std::f64::consts::TAU * unit(rng.next_u64()));
-            pair[0] = radius * cos;
-            if let Some(second) = pair.get_mut(1) {
-                *second = radius * sin;
-            }
-        }
+        normal::fill(self.rng(), out, |z| z);
+    }
+
+    /// [`Key::normal`] into a slice of `f32`: the same values, each rounded once.
+    pub fn fill_normal_f32(self, out: &mut [f32]) {
+        normal::fill(self.rng(), out, |z| z as f32);
     }
 
     /// A uniformly random permutation of `0..n` (Fisher and Yates).
@@ -136,10 +134,6 @@ impl Key {
         }
         order
     }
-}
-
-fn unit(word: u64) -> f64 {
-    (word >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
 fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use diffusion_ops::rng::{Key, stream};
 
 use super::event::LossValue;
@@ -197,16 +197,22 @@ impl StepCtx {
     ///
     /// Those of the device.
     pub fn noise(&self, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let noise = match dtype {
+            DType::F32 => self.drawn(shape, Key::fill_normal_f32)?,
+            _ => self.drawn(shape, Key::fill_normal)?,
+        };
+        Ok(noise.to_dtype(dtype)?.to_device(device)?)
+    }
+
+    fn drawn<T: WithDType>(&self, shape: &[usize], draw: impl Fn(Key, &mut [T])) -> Result<Tensor> {
         let size: usize = shape.iter().product();
-        let mut values = vec![0.0f64; size * self.items.len()];
+        let mut values = vec![T::zero(); size * self.items.len()];
         for (i, chunk) in values.chunks_exact_mut(size.max(1)).enumerate() {
-            self.noise_key(i).fill_normal(chunk);
+            draw(self.noise_key(i), chunk);
         }
         let mut dims = vec![self.items.len()];
         dims.extend_from_slice(shape);
-        Ok(Tensor::from_vec(values, dims, &Device::Cpu)?
-            .to_dtype(dtype)?
-            .to_device(device)?)
+        Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
     }
 
     /// One uniform diffusion time in `[0, 1)` for each example.
