@@ -176,7 +176,7 @@ impl Prediction {
     /// # Errors
     /// As [`Prediction::x0`] and [`Prediction::epsilon`].
     pub fn along(&self, x: &Tensor, p: &Point, c0: f64, c_epsilon: f64) -> Result<Tensor> {
-        match self.linear(p).filter(|_| self.x0.is_none()) {
+        match self.linear(p) {
             Some([a, b, c, d]) => Ok(diffusion_ops::combine(&[
                 (c0 * a + c_epsilon * c, x),
                 (c0 * b + c_epsilon * d, &self.value),
@@ -192,10 +192,11 @@ impl Prediction {
         }
     }
 
-    /// `[a, b, c, d]` with `x̂₀ = a x + b value` and `ε̂ = c x + d value`, where both are defined.
-    fn linear(&self, p: &Point) -> Option<[f64; 4]> {
+    /// `[a, b, c, d]` with `x̂₀ = a x + b value` and `ε̂ = c x + d value`, where both are defined and
+    /// `x̂₀` was not corrected.
+    pub(crate) fn linear(&self, p: &Point) -> Option<[f64; 4]> {
         let (alpha, sigma) = (p.alpha, p.sigma);
-        if alpha == 0.0 || sigma == 0.0 {
+        if alpha == 0.0 || sigma == 0.0 || self.x0.is_some() {
             return None;
         }
         let from_x0 = |a: f64, b: f64| [a, b, (1.0 - alpha * a) / sigma, -alpha * b / sigma];

@@ -188,7 +188,21 @@ impl<T: Real> Kernel for Combine<'_, T> {
         let n = out.len();
         // Each product and each sum is rounded: the numbers of the plain formula at every level.
         let done = match x {
-            [x, y, ..] => {
+            [x, y, z, w, ..] => {
+                let (x, y, z, w) = (&x[..n], &y[..n], &z[..n], &w[..n]);
+                for i in 0..n {
+                    out[i] = a[0] * x[i] + a[1] * y[i] + a[2] * z[i] + a[3] * w[i];
+                }
+                4
+            }
+            [x, y, z] => {
+                let (x, y, z) = (&x[..n], &y[..n], &z[..n]);
+                for i in 0..n {
+                    out[i] = a[0] * x[i] + a[1] * y[i] + a[2] * z[i];
+                }
+                3
+            }
+            [x, y] => {
                 let (a, b, x, y) = (a[0], a[1], &x[..n], &y[..n]);
                 for i in 0..n {
                     out[i] = a * x[i] + b * y[i];

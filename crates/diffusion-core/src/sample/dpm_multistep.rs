@@ -1,7 +1,7 @@
 //! Multistep DPM-Solver and DPM-Solver++, ODE and SDE (Lu et al. 2022, "DPM-Solver" and
 //! "DPM-Solver++", algorithm 2).
 
-use super::exponential::{Belief, History, Rule, finish, weights};
+use super::exponential::{Belief, Held, Rule, finish, weights};
 use super::{Ctx, Order, Step};
 use crate::error::Result;
 use crate::schedule::Point;
@@ -91,7 +91,8 @@ impl DpmMultistep {
 }
 
 impl Step for DpmMultistep {
-    type Memory = History;
+    /// Beliefs with the `λ` where they were held, latest first.
+    type Memory = Vec<(Held, f64)>;
 
     fn order(&self) -> Order {
         match (self.stochastic, self.order, self.third) {
@@ -109,21 +110,26 @@ impl Step for DpmMultistep {
         from: &Point,
         to: &Point,
         ctx: &mut Ctx<'_>,
-        memory: &mut History,
+        memory: &mut Vec<(Held, f64)>,
     ) -> Result<Tensor> {
         let said = ctx.denoise(x, from)?;
-        memory.push(self.belief.of(&said, x, from)?, from.lambda(), self.order);
+        if self.order == 1 && !self.stochastic {
+            // DDIM: one pass over the data.
+            return said.along(x, from, to.alpha, to.sigma);
+        }
+        memory.insert(0, (self.belief.hold(&said, x, from)?, from.lambda()));
+        memory.truncate(self.order.max(1));
         let order = self.order_now(memory.len(), to, ctx);
         let w = weights(from, to, self.belief, self.stochastic);
         let h = to.lambda() - from.lambda();
-        let past = &memory.items;
+        let past = &*memory;
         let ratio = |k: usize| (past[k].1 - past[k + 1].1) / h;
-        let mut terms = vec![(w.x, x)];
-        match order {
-            1 => terms.push((w.d0, &past[0].0)),
+        // The weights of the beliefs, latest first.
+        let beliefs = match order {
+            1 => vec![w.d0],
             2 => {
                 let a = self.rule.of(&w) / ratio(0);
-                terms.extend([(w.d0 + a, &past[0].0), (-a, &past[1].0)]);
+                vec![w.d0 + a, -a]
             }
             _ => {
                 let (r0, r1) = (ratio(0), ratio(1));
@@ -134,12 +140,12 @@ impl Step for DpmMultistep {
                 } / (r0 + r1);
                 let turn = w.d1 * r0 / (r0 + r1) + second;
                 let (a, b) = ((w.d1 + turn) / r0, turn / r1);
-                terms.extend([
-                    (w.d0 + a, &past[0].0),
-                    (-a - b, &past[1].0),
-                    (b, &past[2].0),
-                ]);
+                vec![w.d0 + a, -a - b, b]
             }
+        };
+        let mut terms = vec![(w.x, x)];
+        for (weight, (belief, _)) in beliefs.into_iter().zip(past) {
+            belief.add(weight, &mut terms);
         }
         finish(terms, w.noise, x, (from, to), ctx)
     }

@@ -38,6 +38,48 @@ impl Belief {
             Belief::Epsilon => said.epsilon_of_x0(x, At::All(*at)),
         }
     }
+
+    /// The same as what it is made of, where that is enough.
+    ///
+    /// # Errors
+    /// As [`Belief::of`].
+    pub fn hold(self, said: &Prediction, x: &Tensor, at: &Point) -> Result<Held> {
+        let parts = said.linear(at).map(|[a, b, c, d]| match self {
+            Belief::X0 => (a, b),
+            Belief::Epsilon => (c, d),
+        });
+        Ok(match parts {
+            Some((a, b)) => Held::Parts([(a, x.clone()), (b, said.value.clone())]),
+            None => Held::Whole(self.of(said, x, at)?),
+        })
+    }
+}
+
+/// A belief, perhaps as the sum of sample and prediction that it is: sums of beliefs then are one pass
+/// over the data.
+pub enum Held {
+    /// The belief.
+    Whole(Tensor),
+    /// Its parts, weighted.
+    Parts([(f64, Tensor); 2]),
+}
+
+impl Held {
+    /// Adds the belief, weighted, to a sum.
+    pub fn add<'a>(&'a self, weight: f64, terms: &mut Vec<(f64, &'a Tensor)>) {
+        let mut put = |weight: f64, part: &'a Tensor| match terms
+            .iter_mut()
+            .find(|(_, x)| x.id() == part.id())
+        {
+            Some(term) => term.0 += weight,
+            None if weight == 0.0 => {}
+            None => terms.push((weight, part)),
+        };
+        match self {
+            Held::Whole(belief) => put(weight, belief),
+            Held::Parts(parts) => parts.iter().for_each(|(w, x)| put(weight * w, x)),
+        }
+    }
 }
 
 /// The weights of one step; see the module.

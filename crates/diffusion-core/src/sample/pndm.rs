@@ -5,31 +5,38 @@ use super::{Ctx, Move, Order, Planned, Step};
 use crate::error::Result;
 use crate::predict::{Kind, Prediction};
 use crate::schedule::{Point, Schedule};
-use crate::tensor::{At, lincomb};
+use crate::tensor::At;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-/// DDIM's step with any noise in place of the network's: `φ(x, ε, from, to)`, eq. 11.
-fn transfer(x: &Tensor, epsilon: &Tensor, from: &Point, to: &Point) -> Result<Tensor> {
+/// DDIM's step with any noise in place of the network's: `φ(x, ε, from, to)`, eq. 11, the noise being a
+/// weighted sum.
+fn transfer(x: &Tensor, epsilon: &[(f64, &Tensor)], from: &Point, to: &Point) -> Result<Tensor> {
     // Without signal only the noise goes on; x − σ ε then is zero but for rounding.
     let keep = to.alpha / from.alpha.max(1e-8);
-    lincomb(keep, x, to.sigma - keep * from.sigma, epsilon)
+    let turn = to.sigma - keep * from.sigma;
+    let mut terms = vec![(keep, x)];
+    terms.extend(epsilon.iter().map(|(w, e)| (turn * w, *e)));
+    Ok(diffusion_ops::combine(&terms)?)
 }
 
-/// Adams and Bashforth's combination of up to four slopes, latest first.
+/// Slopes with their weights.
+fn weighted<'a>(weights: &[f64], slopes: &'a [Tensor]) -> Vec<(f64, &'a Tensor)> {
+    weights.iter().copied().zip(slopes).collect()
+}
+
+/// Adams and Bashforth's weights of up to four slopes, latest first.
 ///
 /// ```text
 /// e,  (3e − e₁)/2,  (23e − 16e₁ + 5e₂)/12,  (55e − 59e₁ + 37e₂ − 9e₃)/24
 /// ```
-pub fn adams_bashforth(slopes: &[Tensor]) -> Result<Tensor> {
-    let weights: &[f64] = match slopes.len() {
-        1 => return Ok(slopes[0].clone()),
+pub fn adams_bashforth(slopes: usize) -> &'static [f64] {
+    match slopes {
+        0 | 1 => &[1.0],
         2 => &[3.0 / 2.0, -1.0 / 2.0],
         3 => &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
         _ => &[55.0 / 24.0, -59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0],
-    };
-    let terms: Vec<(f64, &Tensor)> = weights.iter().copied().zip(slopes).collect();
-    Ok(diffusion_ops::combine(&terms)?)
+    }
 }
 
 /// iPNDM: DDIM with the noise extrapolated by [`adams_bashforth`], starting from lower orders.
@@ -70,7 +77,8 @@ impl Step for Ipndm {
         let epsilon = ctx.denoise(x, from)?.epsilon_of_x0(x, At::All(*from))?;
         memory.insert(0, epsilon);
         memory.truncate(self.order.clamp(1, 4));
-        transfer(x, &adams_bashforth(memory)?, from, to)
+        let epsilon = weighted(adams_bashforth(memory.len()), memory);
+        transfer(x, &epsilon, from, to)
     }
 }
 
@@ -173,16 +181,21 @@ impl Step for Pndm {
             Some(_) => Prediction::new(Kind::Epsilon, said.epsilon_of_x0(x, At::All(*from))?),
             None => said,
         };
-        let go = |slope: Tensor, x: &Tensor, from: &Point| -> Result<Tensor> {
-            let said = Prediction::new(said.kind, slope);
-            transfer(x, &said.epsilon(x, At::All(*from))?, from, to)
+        let go = |slopes: &[(f64, &Tensor)], x: &Tensor, from: &Point| -> Result<Tensor> {
+            if said.kind == Kind::Epsilon {
+                return transfer(x, slopes, from, to);
+            }
+            let said = Prediction::new(said.kind, diffusion_ops::combine(slopes)?);
+            let epsilon = said.epsilon(x, At::All(*from))?;
+            transfer(x, &[(1.0, &epsilon)], from, to)
         };
         if ctx.index >= self.start_moves || memory.stages.is_empty() {
             memory.past.insert(0, said.value.clone());
             memory.past.truncate(4);
         }
         if ctx.index >= self.start_moves {
-            return go(adams_bashforth(&memory.past)?, x, from);
+            let past = weighted(adams_bashforth(memory.past.len()), &memory.past);
+            return go(&past, x, from);
         }
         if memory.stages.is_empty() {
             memory.begun = Some((x.clone(), *from));
@@ -194,11 +207,10 @@ impl Step for Pndm {
             Start::Heun => &[0.5, 0.5],
         };
         if memory.stages.len() < weights.len() {
-            return go(said.value.clone(), &first, &begin);
+            return go(&[(1.0, &said.value)], &first, &begin);
         }
         let begin = self.restart.unwrap_or(begin);
         let stages = std::mem::take(&mut memory.stages);
-        let terms: Vec<(f64, &Tensor)> = weights.iter().copied().zip(&stages).collect();
-        go(diffusion_ops::combine(&terms)?, &first, &begin)
+        go(&weighted(weights, &stages), &first, &begin)
     }
 }
