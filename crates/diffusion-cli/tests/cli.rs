@@ -84,6 +84,18 @@ fn train_resume_sample_inspect() {
         sample("s.png", &["--grid", grid]);
     }
     sample("s.png", &["--sampler", "dpmpp-2m-sde", "--brownian"]);
+    sample("s.png", &["--sampler", "analytic", "--moments", "5"]);
+    sample(
+        "s.png",
+        &[
+            "--sampler",
+            "analytic-ddim",
+            "--moments",
+            "5",
+            "--data",
+            "digits",
+        ],
+    );
     let help = succeeds(&["images", "sample", "--help"], at);
     assert!(
         help.contains("unipc-3") && help.contains("quadratic"),

@@ -25,8 +25,8 @@ use diffusion_core::guide::{ClassifierFree, Clip, Thresholded};
 use diffusion_core::interop::scheduler::Scheduler;
 use diffusion_core::limits::Limits;
 use diffusion_core::noise::CounterNoise;
-use diffusion_core::sample::{Ctx, Observer, SamplerConfig, prior};
-use diffusion_core::schedule::{Schedule, Table};
+use diffusion_core::sample::{Ctx, Observer, SamplerConfig, Solver, prior};
+use diffusion_core::schedule::{Point, Schedule, Table};
 use diffusion_core::{Error, Report, Result};
 use diffusion_nn::net::unet2d::{SampleSize, UNet2D, UNet2DConfig};
 use diffusion_nn::{Mode, Store};
@@ -293,10 +293,30 @@ impl ImageModel {
     /// `Config` for impossible requests, `Numeric` when the model says NaN, `Interrupted`.
     pub fn sample(&self, request: &SampleRequest, watch: &mut dyn Observer) -> Result<Tensor> {
         let table = self.table()?;
-        self.check(request)?;
         let points = request.grid.points(&table, request.steps)?;
         let shared: Arc<dyn Schedule + Send + Sync> = Arc::new(table);
         let solver = request.sampler.solver(&points, Some(shared));
+        self.sample_by(&*solver, &points, request, watch)
+    }
+
+    /// The same by a solver that begins at the first of these points, whatever the request's sampler,
+    /// grid and steps.
+    ///
+    /// # Errors
+    /// As [`ImageModel::sample`].
+    pub fn sample_by(
+        &self,
+        solver: &dyn Solver,
+        points: &[Point],
+        request: &SampleRequest,
+        watch: &mut dyn Observer,
+    ) -> Result<Tensor> {
+        self.check(request)?;
+        let Some(noisiest) = points.first() else {
+            return Err(Report::new("points of the run", "none")
+                .expected("at least one")
+                .config());
+        };
         let shape = self.image_shape()?;
         let mut parts = Vec::new();
         for start in (0..request.count).step_by(request.batch.max(1)) {
@@ -309,7 +329,7 @@ impl ImageModel {
                 DType::F32,
                 &self.device,
             )?;
-            let x = prior(&like, &points[0], &mut noise)?;
+            let x = prior(&like, noisiest, &mut noise)?;
             let denoiser = self.guided(labels, request)?;
             let mut ctx = Ctx::new(&*denoiser, &mut noise, items);
             ctx.brownian = request.brownian;

@@ -137,6 +137,18 @@ impl DataArgs {
         }
     }
 
+    /// Refuses to be told of data by a command that reads none, which only `reader` does.
+    pub fn unused(&self, reader: &str) -> Result<()> {
+        match &self.data {
+            Some(source) => Err(Report::new("--data", source)
+                .expected(format!("no data: only {reader} reads them"))
+                .remedy("leave --data out")
+                .config()
+                .into()),
+            None => Ok(()),
+        }
+    }
+
     /// Reads the data. How many files were left out comes with them.
     pub fn open(&self, config: &DataConfig) -> Result<(Splits, usize)> {
         let (splits, skipped) = config.splits(self.memory << 20)?;

@@ -1,5 +1,7 @@
 //! `diffusion images sample`
 
+use super::data::DataArgs;
+use super::evaluate::opened;
 use crate::out::out;
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
@@ -11,6 +13,7 @@ use diffusion_core::guide::Clip;
 use diffusion_core::sample::{SAMPLERS, SamplerConfig};
 use diffusion_core::train::Cancel;
 use diffusion_images::grid::{GridOptions, sample_grid};
+use diffusion_images::likelihood::Moments;
 use diffusion_images::model::{ImageModel, SampleRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,10 +24,35 @@ Examples:
   diffusion images sample --model digits-model -n 64 --out grid.png
   diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
   diffusion images sample --model digits-model -n 30 --class all --sampler ddim --steps 50 --out all.png
+  diffusion images sample --model digits-model --sampler analytic --steps 10 --out analytic.png
 
 Guidance, and samples without a class, need a label that stands for no class. Models that were
 trained here have one; for a model of others write {\"null_class\": K} to MODEL/classes.json if
 label K was withheld in training.";
+
+/// A sampler whose variances are measured on training images before the first step.
+struct Measured {
+    name: &'static str,
+    about: &'static str,
+    /// The sampler whose mean and usual grid it takes.
+    mean: &'static str,
+    eta: f64,
+}
+
+const MEASURED: &[Measured] = &[
+    Measured {
+        name: "analytic",
+        about: "DDPM with the best variances for the network, found on --moments training images",
+        mean: "ddpm",
+        eta: 1.0,
+    },
+    Measured {
+        name: "analytic-ddim",
+        about: "the same with the mean of DDIM",
+        mean: "ddim",
+        eta: 0.0,
+    },
+];
 
 /// Options of `diffusion images sample`.
 #[derive(Args)]
@@ -49,6 +77,11 @@ pub struct Sample {
     /// the same picture. Slower.
     #[arg(long)]
     brownian: bool,
+    /// Training images that the variances of an analytic sampler are measured on.
+    #[arg(long, default_value_t = 100, value_parser = positive)]
+    moments: usize,
+    #[command(flatten)]
+    data: DataArgs,
     /// Class name or index, or `all` for one after the other; the withheld label when absent.
     #[arg(long)]
     class: Option<String>,
@@ -78,6 +111,9 @@ pub fn long_help() -> String {
     let mut text = String::from("Samplers:\n");
     for sampler in SAMPLERS {
         text += &format!("  {:<19} {}\n", sampler.name, sampler.about);
+    }
+    for Measured { name, about, .. } in MEASURED {
+        text += &format!("  {name:<19} {about}\n");
     }
     text += "Grids:\n";
     for (name, about) in GRIDS {
@@ -111,12 +147,27 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let device = device::device(&global.device)?;
+    let measured = args.sampler.as_deref();
+    let measured = measured.and_then(|name| MEASURED.iter().find(|m| m.name == name));
     // A sampler that does not exist is said before the model is read.
-    if let Some(text) = &args.sampler {
+    if let (Some(text), None) = (&args.sampler, measured) {
         SamplerConfig::parse(text)?;
     }
-    let model = ImageModel::open(&args.model, &device)?;
-    let way = super::way(&model, args.sampler.as_deref(), args.steps)?;
+    let (model, train) = match measured {
+        Some(_) => {
+            let (model, splits) = opened(&args.model, &args.data, &device)?;
+            (model, Some(splits.train))
+        }
+        None => {
+            args.data.unused("--sampler analytic or analytic-ddim")?;
+            (ImageModel::open(&args.model, &device)?, None)
+        }
+    };
+    let sampler = measured.map_or(args.sampler.as_deref(), |m| Some(m.mean));
+    let mut way = super::way(&model, sampler, args.steps)?;
+    if let Some(measured) = measured {
+        way.name = measured.name.into();
+    }
     let grid = match &args.grid {
         Some(text) => Grid::parse(text, &model.table()?)?,
         None => way.grid,
@@ -139,7 +190,21 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     let batches = args.n.div_ceil(args.batch.max(1));
     let mut progress = Progress::new((batches * way.steps) as u64, global.quiet, &cancel);
     let start = Instant::now();
-    let images = model.sample(&request, &mut progress)?;
+    let images = match (measured, &train) {
+        (Some(measured), Some(train)) => {
+            let how = Moments {
+                images: args.moments,
+                batch: args.batch,
+                seed,
+            };
+            let points = request.grid.points(&model.table()?, request.steps)?;
+            let solver = model.analytic(&points, train, &how, measured.eta, &mut |_| {
+                progress.at(0.0)
+            })?;
+            model.sample_by(&solver, &points, &request, &mut progress)?
+        }
+        _ => model.sample(&request, &mut progress)?,
+    };
     progress.done();
     let seconds = start.elapsed().as_secs_f64();
     let picture = sample_grid(

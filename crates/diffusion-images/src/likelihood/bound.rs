@@ -7,6 +7,7 @@
 //! with the prior's term `L_T`, a divergence a step and the decoder's term `L_0` (Ho et al. 2020,
 //! eq. 5), over all steps of the table or `K` of them (Nichol and Dhariwal 2021, section 4).
 
+use super::moments::Moments;
 use super::watch::{Watch, Watched};
 use super::{Spread, denoiser, levels};
 use crate::data::Dataset;
@@ -15,11 +16,10 @@ use candle_core::{DType, Tensor};
 use diffusion_core::guide::Clip;
 use diffusion_core::likelihood::{Bound, Decoder, Vlb};
 use diffusion_core::noise::CounterNoise;
-use diffusion_core::sample::{Analytic, Bounds, Chain, Variance, noise_moments};
+use diffusion_core::sample::{Analytic, Bounds, Chain, Variance};
 use diffusion_core::schedule::{Respaced, Table};
 use diffusion_core::search::StepChoice;
 use diffusion_core::{Report, Result};
-use diffusion_ops::rng::stream;
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -187,20 +187,18 @@ fn moments<'w>(
     watch: &RefCell<&'w mut Watch<'w>>,
 ) -> Result<Vec<f64>> {
     let points: Vec<_> = kept.iter().map(|s| table.index(*s as i64)).collect();
-    let count = options.moment_images.clamp(1, train.len());
-    // Evenly over the data, which may be sorted.
-    let items: Vec<usize> = (0..count).map(|i| i * train.len() / count).collect();
+    let how = Moments {
+        images: options.moment_images,
+        batch: options.batch,
+        seed: options.seed,
+    };
+    let found = how.measure(train, model.device(), &points, &|own, _| {
+        let net = denoiser(model, own)?;
+        Ok(Box::new(Watched::new(net, watch, 0, 0.0)))
+    })?;
     let mut all = vec![0.0; table.betas().len()];
-    for (start, chunk) in items.chunks(options.batch.max(1)).enumerate() {
-        let (x, own) = train.batch(chunk, model.device())?;
-        let net = Watched::new(denoiser(model, own.as_ref())?, watch, 0, 0.0);
-        let first = (start * options.batch.max(1)) as u64;
-        let range = first..first + chunk.len() as u64;
-        let mut noise = CounterNoise::on_stream(options.seed, stream::EVALUATION, range.clone());
-        let found = noise_moments(&net, &x, &points, &mut noise, range)?;
-        for (s, m) in kept.iter().zip(found) {
-            all[*s] += m * chunk.len() as f64 / count as f64;
-        }
+    for (s, m) in kept.iter().zip(found) {
+        all[*s] = m;
     }
     Ok(all)
 }

@@ -5,16 +5,19 @@
 //! | [`baseline`] | what a density model has to beat |
 //! | [`bound`](mod@bound) | the variational bound, part by part |
 //! | [`flow`](mod@flow) | the density of the probability flow, dequantised |
+//! | [`moments`] | what the best variance needs to know of a network, and the sampler with it |
 //! | `watch` | progress, and breaking off |
 
 pub mod baseline;
 pub mod bound;
 pub mod flow;
+pub mod moments;
 mod watch;
 
 pub use baseline::{Baselines, baselines};
 pub use bound::{BoundOptions, BoundReport, ReverseVariance, bound};
 pub use flow::{FlowOptions, FlowReport, flow};
+pub use moments::Moments;
 pub use watch::Watch;
 
 use crate::data::Dataset;
@@ -68,7 +71,10 @@ pub fn levels(data: &Dataset) -> Result<(Tensor, usize)> {
 }
 
 /// The model on a batch with these labels, which an unconditional one is not told.
-fn denoiser<'a>(model: &'a ImageModel, labels: Option<&Tensor>) -> Result<Box<dyn Denoiser + 'a>> {
+pub(crate) fn denoiser<'a>(
+    model: &'a ImageModel,
+    labels: Option<&Tensor>,
+) -> Result<Box<dyn Denoiser + 'a>> {
     let labels = labels.filter(|_| !model.classes().is_empty());
     let labels = labels.map(|l| l.to_vec1::<u32>()).transpose()?;
     let net = model.denoiser(labels.as_deref())?;

@@ -1,6 +1,6 @@
 //! Fixtures of the original authors' code.
 //!
-//! Their fixtures name a system and a case; [`run`] finds the case in [`CASES`] by the beginning of
+//! Their fixtures name a system and a case; [`run`] finds the case in `CASES` by the beginning of
 //! its name, so that the same case with other settings finds the same function.
 //!
 //! | file | cases |
