@@ -16,11 +16,13 @@ use diffusion_core::train::{Cancel, Quiet};
 use diffusion_images::data::{self, Dataset};
 use diffusion_images::figure::{Axes, Series, line_plot};
 use diffusion_images::grid::{GridOptions, sample_grid};
+use diffusion_images::likelihood::Moments as Statistics;
 use diffusion_images::metric::features::Features;
 use diffusion_images::metric::frechet::{Moments, frechet};
 use diffusion_images::metric::{Classifier, ClassifierConfig};
 use diffusion_images::model::{ImageModel, SampleRequest};
 use diffusion_images::{preset, run};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -28,8 +30,10 @@ use std::time::Instant;
 pub const SEEDS: usize = 3;
 
 /// The samplers whose curves are drawn, and their figure.
-const CURVES: [(&str, usize); 14] = [
+const CURVES: [(&str, usize); 16] = [
     ("ddpm", 0),
+    ("analytic", 0),
+    ("analytic-ddim", 0),
     ("dpmpp-2m-sde", 0),
     ("sa-solver", 0),
     ("ddim", 0),
@@ -121,7 +125,18 @@ impl Study {
         steps: usize,
         seed: u64,
     ) -> Result<Tensor> {
-        let request = SampleRequest {
+        Ok(model.sample(&self.request(model, sampler, grid, steps, seed), &mut ())?)
+    }
+
+    fn request(
+        &self,
+        model: &ImageModel,
+        sampler: SamplerConfig,
+        grid: Grid,
+        steps: usize,
+        seed: u64,
+    ) -> SampleRequest {
+        SampleRequest {
             count: self.count,
             sampler,
             grid,
@@ -132,8 +147,39 @@ impl Study {
             batch: 100,
             brownian: false,
             seed,
+        }
+    }
+
+    /// Samples by a sampler of [`CURVES`] on its usual grid.
+    fn sample_named(
+        &self,
+        model: &ImageModel,
+        name: &str,
+        steps: usize,
+        seed: u64,
+    ) -> Result<Tensor> {
+        // Analytic-DPM's variances are measured on training images, which costs no call of a sample.
+        let (mean, eta) = match name {
+            "analytic" => ("ddpm", Some(1.0)),
+            "analytic-ddim" => ("ddim", Some(0.0)),
+            other => (other, None),
         };
-        Ok(model.sample(&request, &mut ())?)
+        let sampler = SamplerConfig::named(mean)?;
+        let table = model.table()?;
+        let grid = sampler.usual_grid(&table);
+        let points = grid.points(&table, steps)?;
+        let request = self.request(model, sampler, grid, steps, seed);
+        let Some(eta) = eta else {
+            return Ok(model.sample(&request, &mut ())?);
+        };
+        let how = Statistics {
+            images: 100,
+            batch: 100,
+            seed,
+        };
+        let mut watch = |_| ControlFlow::Continue(());
+        let solver = model.analytic(&points, &self.train, &how, eta, &mut watch)?;
+        Ok(model.sample_by(&solver, &points, &request, &mut ())?)
     }
 
     /// A row of this study.
@@ -237,9 +283,7 @@ fn curves(options: &Options, results: &mut Results, study: &Study, model: &Train
                 work: Box::new(move || {
                     let start = Instant::now();
                     let net = model.open()?;
-                    let sampler = SamplerConfig::named(name)?;
-                    let grid = sampler.usual_grid(&net.table()?);
-                    let images = study.sample(&net, sampler, grid, steps, model.seed)?;
+                    let images = study.sample_named(&net, name, steps, model.seed)?;
                     let seconds = start.elapsed().as_secs_f64();
                     Ok((place, budget, study.distance(&images)?, seconds))
                 }),
@@ -307,9 +351,7 @@ fn orderings(results: &mut Results, study: &Study, models: &[Trained]) -> Result
                     cost: steps as f64,
                     work: Box::new(move || {
                         let net = model.open()?;
-                        let sampler = SamplerConfig::named(name)?;
-                        let grid = sampler.usual_grid(&net.table()?);
-                        study.distance(&study.sample(&net, sampler, grid, steps, model.seed)?)
+                        study.distance(&study.sample_named(&net, name, steps, model.seed)?)
                     }),
                 });
             }
@@ -362,13 +404,8 @@ fn pictures(
     let mut rows = Vec::new();
     for name in names {
         let steps = steps_for(name, 10).context("ten calls pay for steps")?;
-        let sampler = SamplerConfig::named(name)?;
-        let grid = sampler.usual_grid(&net.table()?);
-        rows.push(
-            study
-                .sample(&net, sampler, grid, steps, model.seed)?
-                .narrow(0, 0, 20)?,
-        );
+        let images = study.sample_named(&net, name, steps, model.seed)?;
+        rows.push(images.narrow(0, 0, 20)?);
     }
     for student in &model.students {
         let images = student.sample(study, model.seed)?;
