@@ -12,7 +12,7 @@ fn names_are_unique_and_have_three_parts() {
     for spec in &specs {
         let parts: Vec<&str> = spec.name.split('/').collect();
         assert_eq!(parts.len(), 3, "{}", spec.name);
-        assert!(["ops", "images", "timeseries", "waveform"].contains(&spec.domain()));
+        assert!(["ops", "images", "sampling", "timeseries", "waveform"].contains(&spec.domain()));
         assert_eq!(spec.work == Work::Train, parts[2] == "train");
     }
     for name in [

@@ -84,6 +84,13 @@ pub fn run(args: &Convert, global: &Global) -> Result<ExitCode> {
             .config()
             .into());
     }
+    if !args.from.exists() {
+        return Err(Report::file(&args.from, "no such file or folder")
+            .expected("a weight file or a model folder")
+            .remedy("check the path")
+            .input()
+            .into());
+    }
     let source = source(args, &limits)?;
     let weights = source.weights();
     let (tensors, values) = (

@@ -38,6 +38,7 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
                 "unet": config,
                 "scheduler": scheduler,
                 "training": training,
+                "distilled": model.distilled(),
             })
         );
         return Ok(ExitCode::SUCCESS);
@@ -71,6 +72,14 @@ pub fn run(args: &Inspect, global: &Global) -> Result<ExitCode> {
         scheduler.beta_schedule,
         scheduler.prediction_type
     );
+    if let Some(learnt) = model.distilled() {
+        out!(
+            "  distilled   by the {} method for {} steps of {}",
+            learnt.method.name(),
+            learnt.steps,
+            learnt.sampler_name()
+        );
+    }
     if let Some(training) = training {
         out!(
             "  training    planned for {} steps of {}, learning rate {}, seed {}",

@@ -76,6 +76,7 @@ fn train_resume_sample_inspect() {
         "heun",
         "edm",
         "dpmpp-1",
+        r#"{"name": "unipc-3", "b": "bh1"}"#,
         r#"{"name": "dpm_multistep", "order": 3, "stochastic": true}"#,
     ] {
         sample("s.png", &["--sampler", sampler]);
@@ -96,6 +97,26 @@ fn train_resume_sample_inspect() {
             "digits",
         ],
     );
+    // These run every item by itself, and ask for one label of many.
+    for sampler in ["dpm-12", "dpm-23"] {
+        let more = ["--sampler", sampler, "--class", "all", "--guidance", "2"];
+        assert_ne!(sample("s.png", &more), sample("s.png", &more[..4]));
+    }
+    let refused = |more: &[&str], said: &str| {
+        let base = ["images", "sample", "--model", "a", "--out", "no.png"];
+        refuses(&[&base[..], more].concat(), at, 2, &[said]);
+    };
+    refused(&["--sampler", "dpmpp-2n"], "did you mean dpmpp-2m?");
+    refused(
+        &["--sampler", r#"{"name": "deis", "order": 0}"#],
+        "order: 0",
+    );
+    refused(&["--grid", r#"{"kind": "karras", "rho": -3}"#], "rho: -3");
+    refused(&["--moments", "5"], "--moments");
+    refused(&["--data", "digits"], "--data");
+    refused(&["--size", "8"], "--size");
+    refused(&["--out", "no.jpg"], "--out");
+    refused(&["--steps", "20000000", "--grid", "karras"], "100000");
     let help = succeeds(&["images", "sample", "--help"], at);
     assert!(
         help.contains("unipc-3") && help.contains("quadratic"),
@@ -417,7 +438,7 @@ fn likelihood_in_bits_with_baselines_beside_it() {
         2,
         &["-n", "1 to"],
     );
-    refuses(&with(&["--data", "mnist"]), at, 2, &["--data", "28"]);
+    refuses(&with(&["--data", "mnist"]), at, 2, &["data `mnist`", "28"]);
 }
 
 #[test]

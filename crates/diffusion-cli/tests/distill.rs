@@ -97,6 +97,22 @@ fn a_student_is_sampled_as_it_was_distilled() {
     assert_eq!(sample("k", &["--class", "7"]), ("ddim".into(), 1));
     assert_eq!(sample("t", &[]), ("dpmpp-2m".into(), 20));
 
+    // A teacher of a long run has a longer warm-up than a student may have steps.
+    let file = at.join("t/run/config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let long = text
+        .replace("warmup = 0", "warmup = 100")
+        .replace("steps = 4\n", "steps = 3000\n");
+    assert_eq!(long.len(), text.len() + 5, "{text}");
+    std::fs::write(&file, long).unwrap();
+    distill(at, "short", &["--to", "2", "--from", "8"]);
+    std::fs::write(&file, text).unwrap();
+    // Images of another size are refused before anything is written.
+    let other = [
+        "images", "distill", "--model", "t", "--out", "o", "--data", "mnist",
+    ];
+    refuses(&other, at, 2, &["[1, 28, 28]", "[1, 8, 8]"]);
+
     // A finished run is not overwritten, and resumes to what it is.
     let before = weights(at, "s");
     refuses(

@@ -33,6 +33,7 @@ pub enum Grid {
         /// Largest noise level; the schedule's when absent.
         sigma_max: Option<f64>,
         /// How strongly steps crowd at low noise, 7 in the paper.
+        #[serde(default = "paper_rho")]
         rho: f64,
     },
     /// `ln σ̂` evenly spaced.
@@ -50,8 +51,10 @@ pub enum Grid {
         /// Largest noise level; the schedule's when absent.
         sigma_max: Option<f64>,
         /// First parameter, 0.6 in diffusers.
+        #[serde(default = "usual_beta")]
         alpha: f64,
         /// Second parameter.
+        #[serde(default = "usual_beta")]
         beta: f64,
     },
     /// Indices `(linspace(0, √(0.8 T), n))²` (DDIM's for CIFAR-10); `√t` evenly spaced over the span
@@ -66,7 +69,72 @@ pub enum Grid {
     },
 }
 
+fn paper_rho() -> f64 {
+    7.0
+}
+
+fn usual_beta() -> f64 {
+    0.6
+}
+
+/// No run has more steps than this.
+const MOST: usize = 100_000;
+
 impl Grid {
+    /// Refuses parameters without a meaning.
+    ///
+    /// # Errors
+    /// `Config` naming the parameter.
+    pub fn check(&self) -> Result<()> {
+        let wrong = |field: &str, value: f64, expected: &str| {
+            Report::new(format!("grid, {field}"), value)
+                .expected(expected)
+                .remedy("leave it out for the usual value")
+                .config()
+        };
+        let positive = |field: &str, value: f64| {
+            let sound = value > 0.0 && value.is_finite();
+            sound
+                .then_some(())
+                .ok_or_else(|| wrong(field, value, "a positive number"))
+        };
+        let (low, high) = match self {
+            Grid::Karras {
+                sigma_min,
+                sigma_max,
+                rho,
+            } => {
+                positive("rho", *rho)?;
+                (sigma_min, sigma_max)
+            }
+            Grid::Exponential {
+                sigma_min,
+                sigma_max,
+            } => (sigma_min, sigma_max),
+            Grid::Beta {
+                sigma_min,
+                sigma_max,
+                alpha,
+                beta,
+            } => {
+                positive("alpha", *alpha)?;
+                positive("beta", *beta)?;
+                (sigma_min, sigma_max)
+            }
+            _ => return Ok(()),
+        };
+        low.map_or(Ok(()), |v| positive("sigma_min", v))?;
+        high.map_or(Ok(()), |v| positive("sigma_max", v))?;
+        match (low, high) {
+            (Some(low), Some(high)) if low >= high => Err(wrong(
+                "sigma_min",
+                *low,
+                &format!("below sigma_max = {high}"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Karras' grid with the paper's `ρ = 7` over the schedule's span.
     pub fn karras() -> Self {
         Grid::Karras {
@@ -100,9 +168,12 @@ impl Grid {
         } else {
             n
         };
-        if n == 0 {
-            return Err(Report::new("steps", 0).expected("at least 1").config());
+        if !(1..=MOST).contains(&n) {
+            return Err(Report::new("steps", n)
+                .expected(format!("1 to {MOST}"))
+                .config());
         }
+        self.check()?;
         let (low, high) = schedule.span();
         let hats = || (schedule.at(low).sigma_hat(), schedule.at(high).sigma_hat());
         let by_hat = |values: Vec<f64>| -> Vec<Point> {
@@ -503,7 +574,13 @@ mod tests {
     fn refuses_what_cannot_be() {
         let table = BetaSchedule::Cosine.table(100).unwrap();
         let error = |g: Grid, n| g.points(&table, n).unwrap_err().to_string();
-        assert!(error(Grid::Trailing, 0).contains("at least 1"));
+        assert!(error(Grid::Trailing, 0).contains("steps: 0"));
+        assert!(error(Grid::karras(), 20_000_000).contains("1 to 100000"));
+        let json = |text: &str| error(Grid::parse(text, &table).unwrap(), 5);
+        assert!(json(r#"{"kind": "karras", "rho": 0}"#).contains("rho: 0"));
+        assert!(json(r#"{"kind": "beta", "alpha": -1}"#).contains("alpha: -1"));
+        let crossed = r#"{"kind": "karras", "sigma_min": 5, "sigma_max": 1}"#;
+        assert!(json(crossed).contains("below sigma_max"));
         assert!(error(Grid::Trailing, 101).contains("1 to 100"));
         assert!(
             error(

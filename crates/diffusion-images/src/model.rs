@@ -15,11 +15,12 @@
 
 use crate::classes::Classes;
 use crate::config::ImageConfig;
+use crate::data::Dataset;
 use crate::distilled::Distilled;
 use crate::from_nn;
 use crate::saved::SavedModel;
 use candle_core::{DType, Device, Tensor};
-use diffusion_core::denoiser::{Denoiser, Network, TimeCode};
+use diffusion_core::denoiser::{Denoiser, Network, TimeCode, from_fn};
 use diffusion_core::grid::Grid;
 use diffusion_core::guide::{ClassifierFree, Clip, Thresholded};
 use diffusion_core::interop::scheduler::Scheduler;
@@ -226,17 +227,15 @@ impl ImageModel {
     /// # Errors
     /// `Config` when the configuration names no size.
     pub fn image_shape(&self) -> Result<[usize; 3]> {
-        let (height, width) = match self.config.sample_size {
-            Some(SampleSize::Side(side)) => (side, side),
-            Some(SampleSize::HeightWidth([height, width])) => (height, width),
-            None => {
-                return Err(Report::new("unet/config.json: sample_size", "null")
-                    .expected("the size of an image")
-                    .remedy("write the side of its images there")
-                    .config());
-            }
-        };
-        Ok([self.config.in_channels, height, width])
+        shape_of(&self.config)
+    }
+
+    /// Refuses data whose images are not of the model's shape.
+    ///
+    /// # Errors
+    /// `Config` naming both shapes.
+    pub fn must_make(&self, data: &Dataset) -> Result<()> {
+        must_make(&self.config, data)
     }
 
     /// The network as a denoiser; classes for a conditional one, `None` for the withheld label.
@@ -245,6 +244,12 @@ impl ImageModel {
     /// `Config` when there are classes for an unconditional model or beyond the last one, and when
     /// there are none for a conditional model whose withheld label is not known.
     pub fn denoiser(&self, classes: Option<&[u32]>) -> Result<impl Denoiser + '_> {
+        self.denoiser_from(classes, 0)
+    }
+
+    /// The same for a batch whose first item of the run is `first`: samplers that run items by
+    /// themselves ask for one label of many.
+    fn denoiser_from(&self, classes: Option<&[u32]>, first: u64) -> Result<impl Denoiser + '_> {
         let labels = match classes {
             Some(classes) => {
                 let labels = classes.iter().map(|class| self.classes.label(*class));
@@ -256,20 +261,25 @@ impl ImageModel {
             (None, true) => Some(self.classes.null_label(self.folder.as_deref())?),
             _ => None,
         };
-        Ok(Network::new(
-            self.scheduler.kind(),
-            TimeCode::Index,
-            move |x: &Tensor, t: &Tensor| {
-                let labels = match (&labels, null) {
-                    (Some(labels), _) => Some(Tensor::new(labels.as_slice(), &self.device)?),
-                    (None, Some(null)) => Some(Tensor::full(null, x.dim(0)?, &self.device)?),
-                    (None, None) => None,
-                };
-                self.network
-                    .forward(x, t, labels.as_ref(), Mode::Eval)
-                    .map_err(from_nn)
-            },
-        ))
+        Ok(from_fn(move |x, at, call| {
+            let batch = x.dim(0)?;
+            let labels = match (&labels, null) {
+                (Some(labels), _) if labels.len() == batch => Some(labels.clone()),
+                (Some(labels), _) => {
+                    let start = call.items.start.saturating_sub(first) as usize;
+                    let own = labels.get(start..start + batch).ok_or_else(|| {
+                        Report::new("items of a call", format!("{:?}", call.items))
+                            .expected(format!("some of the {} that have labels", labels.len()))
+                            .config()
+                    })?;
+                    Some(own.to_vec())
+                }
+                (None, Some(null)) => Some(vec![null; batch]),
+                (None, None) => None,
+            };
+            let labels = labels.map(|l| Tensor::new(l, &self.device)).transpose()?;
+            self.told(labels).predict(x, at, call)
+        }))
     }
 
     /// The network as a denoiser that is told these labels, `[B]`, of its own.
@@ -330,7 +340,7 @@ impl ImageModel {
                 &self.device,
             )?;
             let x = prior(&like, noisiest, &mut noise)?;
-            let denoiser = self.guided(labels, request)?;
+            let denoiser = self.guided(labels, start as u64, request)?;
             let mut ctx = Ctx::new(&*denoiser, &mut noise, items);
             ctx.brownian = request.brownian;
             parts.push(solver.solve(x, &mut ctx, watch)?);
@@ -338,14 +348,15 @@ impl ImageModel {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
-    /// The denoiser of a request: conditional, guided, clipped.
+    /// The denoiser of a request from item `first`: conditional, guided, clipped.
     fn guided<'a>(
         &'a self,
         labels: Option<&[u32]>,
+        first: u64,
         request: &SampleRequest,
     ) -> Result<Box<dyn Denoiser + 'a>> {
         let clip = request.clip;
-        let conditional = self.denoiser(labels)?;
+        let conditional = self.denoiser_from(labels, first)?;
         if labels.is_none() || request.guidance == 1.0 {
             return Ok(Box::new(Thresholded {
                 inner: conditional,
@@ -366,6 +377,7 @@ impl ImageModel {
 
     fn check(&self, request: &SampleRequest) -> Result<()> {
         request.clip.check()?;
+        request.sampler.check()?;
         if request.count == 0 {
             return Err(Report::new("number of images", 0)
                 .expected("at least 1")
@@ -393,4 +405,37 @@ impl ImageModel {
             _ => Ok(()),
         }
     }
+}
+
+/// Shape of the images of a network, `[C, H, W]`.
+fn shape_of(config: &UNet2DConfig) -> Result<[usize; 3]> {
+    let (height, width) = match config.sample_size {
+        Some(SampleSize::Side(side)) => (side, side),
+        Some(SampleSize::HeightWidth([height, width])) => (height, width),
+        None => {
+            return Err(Report::new("unet/config.json: sample_size", "null")
+                .expected("the size of an image")
+                .remedy("write the side of its images there")
+                .config());
+        }
+    };
+    Ok([config.in_channels, height, width])
+}
+
+/// Refuses data whose images a network does not make.
+pub(crate) fn must_make(config: &UNet2DConfig, data: &Dataset) -> Result<()> {
+    let (made, found) = (
+        shape_of(config)?,
+        [data.channels(), data.height(), data.width()],
+    );
+    if made == found {
+        return Ok(());
+    }
+    let name = data.name();
+    Err(
+        Report::new(format!("data `{name}`"), format!("images of {found:?}"))
+            .expected(format!("{made:?}, as the model makes"))
+            .remedy("give the data that the model was trained on")
+            .config(),
+    )
 }

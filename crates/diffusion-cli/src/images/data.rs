@@ -13,7 +13,7 @@ use std::path::Path;
 #[derive(Args)]
 pub struct DataArgs {
     /// `digits`, `mnist` or `emoji` (built in), an IDX or npz file, CIFAR-10's binary files, or a
-    /// folder of PNG and JPEG images (sub-folders are classes). When absent: what the run noted, and
+    /// folder of PNG and JPEG images (sub-folders are classes). When absent: what the model's run noted;
     /// `digits` for a new run.
     #[arg(long)]
     data: Option<String>,
@@ -137,12 +137,20 @@ impl DataArgs {
         }
     }
 
-    /// Refuses to be told of data by a command that reads none, which only `reader` does.
+    /// Refuses to be told of data where only `reader` would read them.
     pub fn unused(&self, reader: &str) -> Result<()> {
-        match &self.data {
-            Some(source) => Err(Report::new("--data", source)
+        let given = [
+            ("--data", self.data.is_some()),
+            ("--size", self.size.is_some()),
+            ("--fit", self.fit.is_some()),
+            ("--grey", self.grey),
+            ("--rgb", self.rgb),
+            ("--broken", self.broken.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((option, _)) => Err(Report::new(*option, "given")
                 .expected(format!("no data: only {reader} reads them"))
-                .remedy("leave --data out")
+                .remedy(format!("leave {option} out"))
                 .config()
                 .into()),
             None => Ok(()),

@@ -147,19 +147,27 @@ fn configuration(args: &Distill, model: &Path) -> Result<DistillConfig> {
     Ok(config)
 }
 
+/// So many steps, in words.
+fn steps(count: usize) -> String {
+    match count {
+        1 => "1 step".into(),
+        n => format!("{n} steps"),
+    }
+}
+
 /// What a student is about to learn.
 fn lesson(config: &DistillConfig, stage: &Stage) -> String {
-    let (from, to, steps) = (stage.from, stage.to, stage.train_steps);
+    let (from, to, train) = (stage.from, steps(stage.to), stage.train_steps);
     let batch = config.train.batch_size * config.train.accumulate;
     match config.method {
         Method::Progressive => {
-            format!("a student of {to} steps from a teacher of {from}: {steps} steps of {batch}")
+            format!("a student for {to} from a teacher of {from}: {train} steps of {batch}")
         }
         Method::Consistency => {
-            format!("a consistency model on {from} levels: {steps} steps of {batch}")
+            format!("a consistency model on {from} levels: {train} steps of {batch}")
         }
         Method::Knowledge => format!(
-            "a student of one step from {} images of {from} steps: {steps} steps of {batch}",
+            "a student for one step from {} images of {from} steps: {train} steps of {batch}",
             config.pairs
         ),
     }
@@ -182,18 +190,17 @@ fn report(
             })
         );
     } else if reached.finished {
-        let steps = if stage.to == 1 { "step" } else { "steps" };
-        out!("{}: distilled for {} {steps}", out.display(), stage.to);
+        out!("{}: distilled for {}", out.display(), steps(stage.to));
         out!(
             "next: diffusion images sample --model {} -n 64 --out grid.png",
             out.display()
         );
     } else {
         out!(
-            "{}: stopped at step {step} of {} of the student of {} steps; --resume goes on",
+            "{}: stopped at step {step} of {} of the student for {}; --resume goes on",
             out.display(),
             stage.train_steps,
-            stage.to
+            steps(stage.to)
         );
     }
     match interrupt::exit_code() {

@@ -87,7 +87,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
             .into());
     }
     let labels = classes(&model, test, count)?;
-    let way = super::way(&model, args.sampler.as_deref(), args.steps)?;
+    let way = super::way::way(&model, args.sampler.as_deref(), args.steps)?;
     let request = SampleRequest {
         count,
         sampler: way.sampler.clone(),
@@ -108,7 +108,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
     };
     let batches = count.div_ceil(args.batch.max(1));
     let mut progress = Progress::new((batches * way.steps) as u64, global.quiet, &cancel);
-    let images = model.sample(&request, &mut progress)?;
+    let images = way.sample(&model, Some(train), 100, &request, &mut progress)?;
     progress.done();
     let classifier = Classifier::train(train, &ClassifierConfig::fitted(train))?;
     let view = match &inception {
@@ -127,6 +127,7 @@ pub fn run(args: &Evaluate, global: &Global) -> Result<ExitCode> {
 
 /// A model and the data that it learned from, or others of the same shape that are named.
 pub fn opened(folder: &Path, data: &DataArgs, device: &Device) -> Result<(ImageModel, Splits)> {
+    let model = ImageModel::open(folder, device)?;
     let (source, record) = data.of_model(folder)?;
     let (splits, _) = data.open(&source)?;
     if let Some(record) = &record {
@@ -136,16 +137,7 @@ pub fn opened(folder: &Path, data: &DataArgs, device: &Device) -> Result<(ImageM
             must_be_those(record, &source, &splits)?;
         }
     }
-    let model = ImageModel::open(folder, device)?;
-    let train = &splits.train;
-    let shape = [train.channels(), train.height(), train.width()];
-    if model.image_shape()? != shape {
-        return Err(Report::new("--data", format!("images of {shape:?}"))
-            .expected(format!("{:?}, as the model makes", model.image_shape()?))
-            .remedy("give the data that the model was trained on")
-            .config()
-            .into());
-    }
+    model.must_make(&splits.train)?;
     Ok((model, splits))
 }
 

@@ -1,7 +1,8 @@
 //! `diffusion images invert`
 
 use super::data::DataArgs;
-use crate::out::out;
+use super::evaluate::opened;
+use crate::out::{must_be_writable, out};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
@@ -14,7 +15,6 @@ use diffusion_core::sample::SamplerConfig;
 use diffusion_core::train::Cancel;
 use diffusion_images::grid::{GridOptions, sample_grid};
 use diffusion_images::invert::Invert as Request;
-use diffusion_images::model::ImageModel;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -60,8 +60,11 @@ pub struct Invert {
 
 pub fn run(args: &Invert, global: &Global) -> Result<ExitCode> {
     let device = device::device(&global.device)?;
-    let (source, _) = args.data.of_model(&args.model)?;
-    let (splits, _) = args.data.open(&source)?;
+    if let Some(file) = &args.latents {
+        must_be_writable("--latents", file, "safetensors")?;
+    }
+    must_be_writable("--out", &args.out, "png")?;
+    let (model, splits) = opened(&args.model, &args.data, &device)?;
     let test = &splits.test;
     if !(1..=test.len()).contains(&args.n) {
         return Err(Report::new("-n", args.n)
@@ -69,7 +72,6 @@ pub fn run(args: &Invert, global: &Global) -> Result<ExitCode> {
             .config()
             .into());
     }
-    let model = ImageModel::open(&args.model, &device)?;
     let (images, labels) = test.batch(&(0..args.n).collect::<Vec<_>>(), &device)?;
     let labels = match labels {
         Some(labels) if model.classes() == test.classes() && !model.classes().is_empty() => {

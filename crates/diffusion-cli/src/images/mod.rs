@@ -7,13 +7,11 @@ mod invert;
 mod likelihood;
 mod sample;
 mod train;
+mod way;
 
 use crate::Global;
 use anyhow::Result;
 use clap::Subcommand;
-use diffusion_core::grid::Grid;
-use diffusion_core::sample::SamplerConfig;
-use diffusion_images::model::ImageModel;
 use std::process::ExitCode;
 
 /// What can be done with images.
@@ -49,37 +47,4 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Invert(command) => invert::run(&command, global),
         Command::Likelihood(command) => likelihood::run(&command, global),
     }
-}
-
-/// How a model is sampled.
-pub struct Way {
-    /// The sampler's name, or its parameters as JSON.
-    pub name: String,
-    /// The sampler.
-    pub sampler: SamplerConfig,
-    /// Where it stops.
-    pub grid: Grid,
-    /// Its steps.
-    pub steps: usize,
-}
-
-/// The way that was asked for; where nothing was, the one that the model was distilled for, or else the
-/// usual one.
-pub fn way(model: &ImageModel, sampler: Option<&str>, steps: Option<usize>) -> Result<Way> {
-    if let (Some(learnt), None) = (model.distilled(), sampler) {
-        return Ok(Way {
-            name: learnt.sampler_name().into(),
-            sampler: learnt.sampler.clone(),
-            grid: learnt.grid.clone(),
-            steps: steps.unwrap_or(learnt.steps),
-        });
-    }
-    let name = sampler.unwrap_or("dpmpp-2m");
-    let sampler = SamplerConfig::parse(name)?;
-    Ok(Way {
-        name: name.into(),
-        grid: sampler.usual_grid(&model.table()?),
-        sampler,
-        steps: steps.unwrap_or(20),
-    })
 }

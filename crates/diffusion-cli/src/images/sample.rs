@@ -2,7 +2,8 @@
 
 use super::data::DataArgs;
 use super::evaluate::opened;
-use crate::out::out;
+use super::way::{self, MEASURED, Measured};
+use crate::out::{must_be_writable, out};
 use crate::progress::Progress;
 use crate::{Global, device, interrupt};
 use anyhow::Result;
@@ -10,17 +11,15 @@ use clap::Args;
 use diffusion_core::Report;
 use diffusion_core::grid::{GRIDS, Grid};
 use diffusion_core::guide::Clip;
-use diffusion_core::sample::{SAMPLERS, SamplerConfig};
+use diffusion_core::sample::SAMPLERS;
 use diffusion_core::train::Cancel;
 use diffusion_images::grid::{GridOptions, sample_grid};
-use diffusion_images::likelihood::Moments;
 use diffusion_images::model::{ImageModel, SampleRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-pub const EXAMPLES: &str = "Samplers and grids are listed by --help.
-Examples:
+pub const EXAMPLES: &str = "Examples:
   diffusion images sample --model digits-model -n 64 --out grid.png
   diffusion images sample --model digits-model -n 20 --class 7 --guidance 2 --out sevens.png
   diffusion images sample --model digits-model -n 30 --class all --sampler ddim --steps 50 --out all.png
@@ -29,30 +28,6 @@ Examples:
 Guidance, and samples without a class, need a label that stands for no class. Models that were
 trained here have one; for a model of others write {\"null_class\": K} to MODEL/classes.json if
 label K was withheld in training.";
-
-/// A sampler whose variances are measured on training images before the first step.
-struct Measured {
-    name: &'static str,
-    about: &'static str,
-    /// The sampler whose mean and usual grid it takes.
-    mean: &'static str,
-    eta: f64,
-}
-
-const MEASURED: &[Measured] = &[
-    Measured {
-        name: "analytic",
-        about: "DDPM with the best variances for the network, found on --moments training images",
-        mean: "ddpm",
-        eta: 1.0,
-    },
-    Measured {
-        name: "analytic-ddim",
-        about: "the same with the mean of DDIM",
-        mean: "ddim",
-        eta: 0.0,
-    },
-];
 
 /// Options of `diffusion images sample`.
 #[derive(Args)]
@@ -77,9 +52,10 @@ pub struct Sample {
     /// the same picture. Slower.
     #[arg(long)]
     brownian: bool,
-    /// Training images that the variances of an analytic sampler are measured on.
-    #[arg(long, default_value_t = 100, value_parser = positive)]
-    moments: usize,
+    /// Training images that the variances of an analytic sampler are measured on. The options of data
+    /// below are for these samplers alone. [default: 100]
+    #[arg(long, value_parser = positive)]
+    moments: Option<usize>,
     #[command(flatten)]
     data: DataArgs,
     /// Class name or index, or `all` for one after the other; the withheld label when absent.
@@ -119,8 +95,8 @@ pub fn long_help() -> String {
     for (name, about) in GRIDS {
         text += &format!("  {name:<19} {about}\n");
     }
-    text += "Both also take their parameters as JSON, for example\n  \
-             --sampler '{\"name\": \"dpm_multistep\", \"order\": 3, \"stochastic\": true}'\n  \
+    text += "Both also take what differs from a name as JSON, for example\n  \
+             --sampler '{\"name\": \"dpmpp-3m-sde\", \"lower_order_final\": false}'\n  \
              --grid '{\"kind\": \"karras\", \"rho\": 5}'\n";
     text + EXAMPLES
 }
@@ -146,36 +122,35 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
             .config()
             .into());
     }
+    must_be_writable("--out", &args.out, "png")?;
     let device = device::device(&global.device)?;
-    let measured = args.sampler.as_deref();
-    let measured = measured.and_then(|name| MEASURED.iter().find(|m| m.name == name));
     // A sampler that does not exist is said before the model is read.
-    if let (Some(text), None) = (&args.sampler, measured) {
-        SamplerConfig::parse(text)?;
+    if let Some(text) = &args.sampler {
+        way::sampler(text)?;
     }
-    let (model, train) = match measured {
-        Some(_) => {
-            let (model, splits) = opened(&args.model, &args.data, &device)?;
-            (model, Some(splits.train))
+    let (model, train) = if way::measured(args.sampler.as_deref()).is_some() {
+        let (model, splits) = opened(&args.model, &args.data, &device)?;
+        (model, Some(splits.train))
+    } else {
+        args.data.unused("a sampler that is measured first")?;
+        if let Some(moments) = args.moments {
+            return Err(Report::new("--moments", moments)
+                .expected("--sampler analytic or analytic-ddim")
+                .remedy("leave --moments out")
+                .config()
+                .into());
         }
-        None => {
-            args.data.unused("--sampler analytic or analytic-ddim")?;
-            (ImageModel::open(&args.model, &device)?, None)
-        }
+        (ImageModel::open(&args.model, &device)?, None)
     };
-    let sampler = measured.map_or(args.sampler.as_deref(), |m| Some(m.mean));
-    let mut way = super::way(&model, sampler, args.steps)?;
-    if let Some(measured) = measured {
-        way.name = measured.name.into();
-    }
+    let way = way::way(&model, args.sampler.as_deref(), args.steps)?;
     let grid = match &args.grid {
         Some(text) => Grid::parse(text, &model.table()?)?,
-        None => way.grid,
+        None => way.grid.clone(),
     };
     let seed = global.seed.unwrap_or(0);
     let request = SampleRequest {
         count: args.n,
-        sampler: way.sampler,
+        sampler: way.sampler.clone(),
         grid,
         steps: way.steps,
         labels: labels(args, &model)?,
@@ -190,21 +165,8 @@ pub fn run(args: &Sample, global: &Global) -> Result<ExitCode> {
     let batches = args.n.div_ceil(args.batch.max(1));
     let mut progress = Progress::new((batches * way.steps) as u64, global.quiet, &cancel);
     let start = Instant::now();
-    let images = match (measured, &train) {
-        (Some(measured), Some(train)) => {
-            let how = Moments {
-                images: args.moments,
-                batch: args.batch,
-                seed,
-            };
-            let points = request.grid.points(&model.table()?, request.steps)?;
-            let solver = model.analytic(&points, train, &how, measured.eta, &mut |_| {
-                progress.at(0.0)
-            })?;
-            model.sample_by(&solver, &points, &request, &mut progress)?
-        }
-        _ => model.sample(&request, &mut progress)?,
-    };
+    let moments = args.moments.unwrap_or(100);
+    let images = way.sample(&model, train.as_ref(), moments, &request, &mut progress)?;
     progress.done();
     let seconds = start.elapsed().as_secs_f64();
     let picture = sample_grid(

@@ -41,6 +41,7 @@ pub mod adaptive_sde;
 pub mod analytic;
 pub mod ancestral;
 pub mod ancestral_score;
+mod check;
 pub mod churn;
 pub mod config;
 pub mod consistency;

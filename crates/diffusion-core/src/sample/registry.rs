@@ -1,12 +1,13 @@
 //! Samplers by name, for configurations and command lines.
 
-use super::config::{ByScore, RungeKutta, Tolerance};
+use super::config::{ByScore, RungeKutta, SdeTolerance, Tolerance};
 use super::{
     Ancestral, Basis, Belief, Churn, Consistency, Ddim, Deis, Direction, DpmAdaptive, DpmMultistep,
     DpmPpSde, DpmSinglestep, Euler, EulerMaruyama, FlowHeun, Heun, Ipndm, Kdpm2, Pndm, SaSolver,
     SamplerConfig, Start, Tcd, Third, UniPc, UniPcB, Variance,
 };
 use crate::error::{Report, Result};
+use serde_json::Value;
 
 /// A named sampler.
 pub struct Named {
@@ -127,7 +128,7 @@ pub const SAMPLERS: &[Named] = samplers![
     "pc", "reverse diffusion with a Langevin correction, two calls a step", SamplerConfig::PredictorCorrector(ByScore { corrections: 1, ..ByScore::default() });
     "flow-rk4", "Runge-Kutta of order 4 on the flow in time, four calls a step", SamplerConfig::FlowRk(RungeKutta::default());
     "rk45", "adaptive Dormand-Prince on the flow", SamplerConfig::FlowOde(Tolerance::default());
-    "adaptive-sde", "the reverse SDE with adaptive steps", SamplerConfig::AdaptiveSde(Tolerance { relative: 0.02, absolute: 2.0 / 256.0 });
+    "adaptive-sde", "the reverse SDE with adaptive steps", SamplerConfig::AdaptiveSde(SdeTolerance::default());
     "consistency", "jumps to the data with fresh noise between", SamplerConfig::Consistency(Consistency::default());
     "tcd", "trajectory consistency sampling, gamma = 0.3", SamplerConfig::Tcd(Tcd::default());
 ];
@@ -152,7 +153,8 @@ impl SamplerConfig {
         }
     }
 
-    /// A sampler by name, or as JSON with its parameters: `{"name": "dpm_multistep", "order": 3}`.
+    /// A sampler by name, or as JSON with its parameters: `{"name": "dpm_multistep", "order": 3}`, or
+    /// what differs from a named one, `{"name": "unipc-3", "b": "bh1"}`.
     ///
     /// # Errors
     /// `Config` listing the names, or saying what is wrong in the JSON.
@@ -160,11 +162,39 @@ impl SamplerConfig {
         if !text.trim_start().starts_with('{') {
             return Self::named(text);
         }
-        serde_json::from_str(text).map_err(|error| {
+        let wrong = |error: serde_json::Error| {
             Report::new("sampler", text)
                 .expected(format!("a sampler's parameters as JSON ({error})"))
                 .config()
-        })
+        };
+        let mut fields: serde_json::Map<String, Value> =
+            serde_json::from_str(text).map_err(wrong)?;
+        let name = fields.get("name").and_then(Value::as_str).unwrap_or("");
+        if let Some(known) = SAMPLERS.iter().find(|s| s.name == name) {
+            let own = serde_json::to_value((known.config)()).map_err(wrong)?;
+            fields.remove("name");
+            if let Value::Object(mut all) = own {
+                for (key, value) in fields {
+                    overlay(all.entry(key).or_insert(Value::Null), value);
+                }
+                fields = all;
+            }
+        }
+        let config: Self = serde_json::from_value(Value::Object(fields)).map_err(wrong)?;
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// Objects are merged, everything else is replaced.
+fn overlay(base: &mut Value, over: Value) {
+    match (base, over) {
+        (Value::Object(base), Value::Object(over)) => {
+            for (key, value) in over {
+                overlay(base.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (base, over) => *base = over,
     }
 }
 
@@ -184,6 +214,22 @@ mod tests {
             error.contains("dimm") && error.contains("dpmpp-2m"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_differs_from_a_named_sampler() {
+        let text = r#"{"name": "edm", "churn": {"s_churn": 7}}"#;
+        let Ok(SamplerConfig::Heun(heun)) = SamplerConfig::parse(text) else {
+            panic!("not Heun");
+        };
+        assert_eq!((heun.churn.s_churn, heun.churn.s_noise), (7.0, 1.003));
+        for wrong in [
+            r#"{"name": "edm", "churns": {}}"#,
+            r#"{"name": "nosuch"}"#,
+            r#"{"order": 3}"#,
+        ] {
+            assert!(SamplerConfig::parse(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub use crate::distilled::{Distilled, Method};
 pub use plan::{DistillConfig, Stage};
 
 use crate::data::Dataset;
+use crate::model::must_make;
 use crate::run::{refuse_existing, run_folder};
 use crate::saved::SavedModel;
 use crate::train::Images;
@@ -93,6 +94,7 @@ pub fn distill(
         );
     }
     let stages = config.stages(&teacher)?;
+    must_make(&teacher.network, data)?;
     let run = run_folder(out);
     std::fs::create_dir_all(&run).map_err(|e| Error::io(&run, e))?;
     if !resume {

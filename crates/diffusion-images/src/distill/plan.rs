@@ -112,7 +112,7 @@ impl DistillConfig {
             };
         }
         base.train.max_minutes = None;
-        base.train.steps = train_steps;
+        preset::set_steps(&mut base, train_steps);
         base.train.ema = EmaRule::Warmup {
             decay: 0.999,
             inv_gamma: 1.0,
@@ -174,6 +174,15 @@ impl DistillConfig {
             .remedy("choose --to and --from in these bounds")
             .config());
         }
+        let stages = self.students(teacher)?;
+        for stage in &stages {
+            // What a student cannot be trained with is said before the first one is.
+            self.student(teacher, stage)?.train.check()?;
+        }
+        Ok(stages)
+    }
+
+    fn students(&self, teacher: &SavedModel) -> Result<Vec<Stage>> {
         let steps = self.train.steps;
         let one = |from, to| Stage {
             from,

@@ -4,11 +4,11 @@ use super::watch::{Watch, Watched};
 use crate::data::Dataset;
 use crate::model::ImageModel;
 use candle_core::{Device, Tensor};
+use diffusion_core::Result;
 use diffusion_core::denoiser::Denoiser;
 use diffusion_core::noise::CounterNoise;
 use diffusion_core::sample::{Analytic, Bounds, Planned, noise_moments};
 use diffusion_core::schedule::Point;
-use diffusion_core::{Report, Result};
 use diffusion_ops::rng::stream;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -72,13 +72,7 @@ impl ImageModel {
         eta: f64,
         watch: &'w mut Watch<'w>,
     ) -> Result<Planned<Analytic>> {
-        let shape = [train.channels(), train.height(), train.width()];
-        if shape != self.image_shape()? {
-            return Err(Report::new("training images", format!("{shape:?}"))
-                .expected(format!("{:?}, as the model makes", self.image_shape()?))
-                .remedy("give the data that the model was trained on")
-                .config());
-        }
+        self.must_make(train)?;
         let asked = &points[..points.len().saturating_sub(1)];
         let watch = RefCell::new(watch);
         let moments = how.measure(train, self.device(), asked, &|own, range| {
