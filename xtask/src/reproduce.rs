@@ -199,6 +199,9 @@ mod tests {
             1
         );
         let message = choose(&names(&["foundation"])).err().unwrap().to_string();
-        assert!(message.contains("`foundation`") && message.contains("known: foundations, images"));
+        assert!(
+            message.contains("`foundation`")
+                && message.contains("known: foundations, sampling, images")
+        );
     }
 }
